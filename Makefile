@@ -78,10 +78,10 @@ clean:
 
 # Measurements. Each perf/*.py describes itself (make load PERF=--help); perf/REPORT.md has the latest
 # results. make report runs all of them in an hour and rewrites it. See also docs/performance.md.
-.PHONY: load bench beside curves memory flamegraph regress soak overload attacks cachehits summary queries report
+.PHONY: load bench beside curves relations memory flamegraph regress soak overload attacks cachehits summary queries report
 
 # load must not come first, because make reads a line that begins with it as a directive
-bench load beside curves memory flamegraph regress soak overload attacks cachehits summary: setup
+bench load beside curves relations memory flamegraph regress soak overload attacks cachehits summary: setup
 	$(BIN)/python -m perf.$@ $(PERF)
 
 queries: setup

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -87,16 +87,24 @@ class ThreadRunner:
       name: of the runner and, numbered, of its threads.
       threads: how many calls may run at once, 1 or more.
       max_left_behind: how many hanging threads may be replaced at a time.
+      busy: how many of the calls may use the CPU at once, if fewer: the others wait for a thread,
+        except within :meth:`waiting`. Threads that take one call after the other cost less than
+        many that contend for the interpreter.
     """
 
-    def __init__(self, name: str, threads: int, *, max_left_behind: int = 8) -> None:
+    def __init__(
+        self, name: str, threads: int, *, max_left_behind: int = 8, busy: int | None = None
+    ) -> None:
         if threads < 1:
             raise ValueError(f"thread runner {name}: threads is {threads}; it must be 1 or more")
+        self._busy = threads if busy is None else busy
+        self._resting = 0  # calls within waiting()
         self.name = name
         self._threads = threads
         self._max_left_behind = max_left_behind
         self._slots = trio.Semaphore(threads)
-        # Each call has a slot, so there need be no more threads than slots in use.
+        # Each call has a slot, so there need be no more threads than slots in use, and fewer if not
+        # all may be busy.
         self._jobs: SimpleQueue[_Job[object] | None] = SimpleQueue()
         self._token: TrioToken | None = None
         self._started = 0
@@ -166,6 +174,16 @@ class ThreadRunner:
                 del job  # the exception's traceback holds this frame: no reference cycle
         return cast("R", job.result)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the call of this thread only waits for something, another one may use the CPU. Use
+        it within a call, in its thread."""
+        self._soon(self._rest)
+        try:
+            yield
+        finally:
+            self._soon(self._resume)
+
     def statistics(self) -> ThreadStatistics:
         """Return what is running and what ran."""
         return ThreadStatistics(
@@ -199,18 +217,39 @@ class ThreadRunner:
     def _start(self, job: _Job[object]) -> None:
         self._calls += 1
         self._running += 1
-        if self._alive < self._running:
-            if self._token is None:
-                self._token = trio.lowlevel.current_trio_token()
-            self._alive += 1
-            self._started += 1
-            threading.Thread(
-                target=self._serve,
-                args=(self._token,),
-                name=f"{self.name}-{self._started}",
-                daemon=True,
-            ).start()
+        self._staff()
         self._jobs.put(job)
+
+    def _staff(self) -> None:
+        """Start a thread, if there are too few."""
+        if self._alive >= min(self._running, self._busy + self._resting):
+            return
+        if self._token is None:
+            self._token = trio.lowlevel.current_trio_token()
+        self._alive += 1
+        self._started += 1
+        threading.Thread(
+            target=self._serve,
+            args=(self._token,),
+            name=f"{self.name}-{self._started}",
+            daemon=True,
+        ).start()
+
+    def _rest(self) -> None:
+        self._resting += 1
+        if not self._closed:
+            self._staff()
+
+    def _resume(self) -> None:
+        self._resting -= 1
+        if not self._closed and self._alive > self._busy + self._resting:
+            self._alive -= 1
+            self._jobs.put(None)
+
+    def _soon(self, function: Callable[[], None]) -> None:
+        assert self._token is not None
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(function)
 
     def _abandon(self, job: _Job[object]) -> None:
         job.abandoned = True
@@ -233,7 +272,7 @@ class ThreadRunner:
         if job.keeps_slot:
             self._slots.release()
         # The abandoned thread waits for work again, and another may have replaced it.
-        if self._closed or self._alive >= self._threads:
+        if self._closed or self._alive >= min(self._threads, self._busy + self._resting):
             self._jobs.put(None)
         else:
             self._alive += 1

@@ -72,6 +72,12 @@ STEPS: dict[str, tuple[str, str, str, int]] = {
         "--repeats 1 --most-spans 100 --most-open 1000 --tenants 1 2 --secs 1",
         900,
     ),
+    "relations": (
+        "relations",
+        "",
+        "--repeats 1 --most 100 --secs 1",
+        900,
+    ),
     "soak": ("soak", "", "--secs 5 --warm-up 1 --rate 10000", 600),
     "cluster": (
         "cluster.__main__",

@@ -148,6 +148,7 @@ def _curves(curves: Json) -> Iterator[str]:
 
 
 TEXTS = (
+    ("relations", "Relations", "relations"),
     ("beside", "Beside Rotel and bare HTTP", "beside"),
     ("soak", "Soak", "soak"),
     ("overload", "Overload", "overload"),

@@ -27,6 +27,11 @@ _DURATION = re.compile(r"(\d{1,12})(?:\.(\d{1,9}))?(ns|us|ms|s|m|h|d)")
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
+def day_ns(day: datetime.date) -> int:
+    """When a day begins in UTC, in nanoseconds since 1970."""
+    return (day - _EPOCH.date()).days * UNITS["d"]
+
+
 def read_time(text: str, now: Callable[[], int] = time.time_ns) -> int:
     """Nanoseconds since 1970, from RFC 3339 (up to nine decimals), an integer of nanoseconds,
     ``now``, or a duration before now such as ``-15m``. Raises :exc:`ValueError`, whose message

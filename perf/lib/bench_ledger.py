@@ -17,8 +17,9 @@ from pathlib import Path
 import tigerbeetle as tb
 
 from betrace.service.signals import Signal
+from betrace.service.storage.ledger.packed import event
 from betrace.service.storage.ledger.sqlite import SqliteLedger
-from betrace.service.storage.ledger.tigerbeetle import TigerBeetleLedger, event
+from betrace.service.storage.ledger.tigerbeetle import TigerBeetleLedger
 from perf.lib.rounds import Json, Taken, rounds, timed
 from perf.lib.rows import make_signals
 from tests.support.tigerbeetle_server import BATCH, CLUSTER, MISSING, PROGRAM, Server

@@ -44,15 +44,16 @@ _CONDITIONS = (
 )
 
 
-def relational_definitions(first: int) -> list[dict[str, Any]]:
-    """The rules, for the steps from number ``first`` on."""
+def relational_definitions(first: int, least_total: float = 450) -> list[dict[str, Any]]:
+    """The rules, for the steps from number ``first`` on with a total above ``least_total``. Totals
+    are evenly distributed from 0 to 900."""
     return [
         {
             "id": f"relation-{number:04d}",
             "name": f"Relation {number}",
             "severity": "medium",
             "condition": condition.replace(
-                "STEP", f"step.s{first + number:03d}.where(order.total > 450)"
+                "STEP", f"step.s{first + number:03d}.where(order.total > {least_total:g})"
             ),
         }
         for number, condition in enumerate(_CONDITIONS)

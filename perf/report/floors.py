@@ -110,6 +110,20 @@ def _long_traces(runs: Runs) -> tuple[str, bool]:
     return f"{size / 1000:.1f} kB at most, up to {longest:,} spans", size < 1_000_000
 
 
+def _relations(runs: Runs) -> tuple[str, bool]:
+    found = runs["relations"]["service"]
+    said = f"{found['ratio']['median']:.2f} × ({found['relational_us']['median']:.2f} µs a span)"
+    return said, found["ratio"]["median"] <= 1.5
+
+
+def _relations_memory(runs: Runs) -> tuple[str, bool]:
+    values = runs["relations"]
+    points = {p["spans"]: p["peak_mb"] for p in values["trace_length"]}
+    longest = max(points)
+    bound = max(mb for spans, mb in points.items() if spans <= values["spans_max"])
+    return f"{points[longest]:.1f} MB at {longest:,} spans", points[longest] <= bound
+
+
 def _many_long(runs: Runs) -> tuple[str, bool]:
     many = runs["curves"]["many_long_traces"]
     said = f"{many['bytes_per_trace']:,} bytes a trace, RSS {many['rss_growth_mb']:+} MB"
@@ -220,7 +234,11 @@ FLOORS: tuple[Floor, ...] = (
           _end_to_end("ledger_ms")),
     Floor("speed", "last needed span to signal in the API", "p99 < 500 ms", "bench",
           _end_to_end("api_ms"), "DuckDB commits rows in groups"),
+    Floor("speed", "20 of 100 rules relate spans, one trace in ten a candidate", "1.5 × the CPU",
+          "relations", _relations, "reading and judging candidates: the section Relations"),
     Floor("trace memory", "an open trace of any length", "< 1 MB", "curves", _long_traces),
+    Floor("trace memory", "judging a candidate of any length", "at most that of its setting",
+          "relations", _relations_memory),
     Floor("trace memory", "500 traces of 10,000 spans at once", "no growth, < 1 MB", "curves",
           _many_long),
     Floor("caches", "hit rate: rule sets", "80 %", "cachehits", _hit_rate("ruleContainers", 0.8),

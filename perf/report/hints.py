@@ -128,7 +128,7 @@ def tigerbeetle(runs: Runs) -> str:
     if bare["p99_us"] >= 5000:
         text += f" and misses the floor too (p99 {bare['p99_us'] / 1000:.1f} ms): server and disk"
     else:
-        text += "; the adapter takes the rest: mostly SqliteLedger.hold, a synced commit before it"
+        text += "; the adapter takes the rest: SqliteLedger.add_outgoing, a synced commit before it"
     return text
 
 

@@ -18,7 +18,7 @@ from werkzeug.exceptions import HTTPException
 
 from betrace.service.api.asgi import App, Receive, Scope, Send
 from betrace.service.api.body_shares import BodyShares, bounded
-from betrace.service.api.endpoint import Answer, Call, Endpoint, Tools
+from betrace.service.api.endpoint import APPLIED_HEADER, Answer, Call, Endpoint, Tools
 from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.openapi import all_endpoints
 from betrace.service.api.pages.routes import add_pages
@@ -124,7 +124,10 @@ def _view(
             headers = {name.lower(): value for name, value in request.headers.items()}
             client = request.remote_addr or ""
             call = Call(tools, tenant, params, headers, body, client)
-            return _write(await endpoint.handler(call))
+            applied = _applied(endpoint, tools)  # what is applied meanwhile may be missing
+            response = _write(await endpoint.handler(call))
+            response.headers.update(applied)
+            return response
         except ApiError as error:
             return _error(error)
         except HTTPException:  # the body was too large or too slow
@@ -138,6 +141,14 @@ def _view(
             return _error(ApiError(500, "the service failed to answer this request", hint))
 
     return view
+
+
+def _applied(endpoint: Endpoint, tools: Tools) -> dict[str, str]:
+    """At a query node of a cluster, the header that says how far each partition is applied."""
+    node = tools.sources.node
+    if node is None or endpoint.access != "tenant" or not endpoint.reads:
+        return {}
+    return {APPLIED_HEADER: node.applied()}
 
 
 async def _caller(

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, TypeVarTuple
 
 import orjson
 import trio
@@ -30,6 +30,9 @@ from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.triage import TriageStore
 from betrace.service.storage.undecided import UndecidedStore
 
+if TYPE_CHECKING:
+    from betrace.service.cluster.query.shared_triage import SharedTriage
+
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
@@ -41,6 +44,8 @@ EVENTS_TYPE = "text/event-stream"
 OPERATOR_HEADER = "x-operator"
 COMPUTING = 2
 """Calls that compute for seconds, of all tenants."""
+APPLIED_HEADER = "BeTrace-Applied"
+"""Says in answers of a query node how far each partition is applied."""
 KEEP_ALIVE = 15.0
 """Seconds between comments on a silent stream, so that proxies and clients keep it open."""
 
@@ -82,11 +87,18 @@ class Tools:
     computing: ThreadRunner = field(default_factory=lambda: ThreadRunner("compute", COMPUTING))
     """For calls that may compute for seconds; one tenant may have one at a time."""
     computing_turns: TenantTurns = field(default_factory=lambda: TenantTurns(COMPUTING))
+    shared_triage: SharedTriage | None = None
+    """Changes what people decided at all query nodes of a cluster."""
     streams: Counter[str] = field(default_factory=Counter)
     """Open event streams, by tenant; operators' are under an empty name."""
 
     def __post_init__(self) -> None:
         self.turns = TenantTurns(self.threads.statistics().threads)
+
+    @property
+    def triage_writer(self) -> TriageStore | SharedTriage:
+        """Where mutes and acknowledgements are changed."""
+        return self.triage if self.shared_triage is None else self.shared_triage
 
     def signal(self, tenant: str, signal_id: str) -> StoredSignal | None:
         """A signal, also if it is not stored yet. Blocks."""

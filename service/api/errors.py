@@ -32,7 +32,8 @@ from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.triage import TriageError
 from betrace.service.storage.undecided import UndecidedStoreError
-from betrace.service.tenancy.directory import DirectoryError, TenantError, UnknownTenantError
+from betrace.service.tenancy.changes import TenantError, UnknownTenantError
+from betrace.service.tenancy.directory import DirectoryError
 from betrace.service.tenancy.tokens import BadKeyError
 
 

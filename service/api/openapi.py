@@ -7,7 +7,15 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-from betrace.service.api.endpoint import HTML_TYPE, JSON_TYPE, Answer, Call, Endpoint, Endpoints
+from betrace.service.api.endpoint import (
+    APPLIED_HEADER,
+    HTML_TYPE,
+    JSON_TYPE,
+    Answer,
+    Call,
+    Endpoint,
+    Endpoints,
+)
 from betrace.service.api.endpoints import (
     alerts,
     breakers,
@@ -125,12 +133,23 @@ def _suffix(endpoint: Endpoint) -> str:
     return f"_{sharing.index(endpoint.path)}" if sharing.index(endpoint.path) else ""
 
 
+_APPLIED = {
+    "description": "In a cluster: for each partition, in order, the sequence of its `OUT` stream "
+    "up to which the answer is complete, separated by commas.",
+    "schema": {"type": "string", "example": "118,97,0,12"},
+}
+
+
 def _response(endpoint: Endpoint, code: int, text: str) -> dict[str, Any]:
     if code == 204:
         return {"description": text}
     if code < 300:
         schema = {} if endpoint.media_type == JSON_TYPE else {"type": "string"}
-        return {"description": text, "content": {endpoint.media_type: {"schema": schema}}}
+        content = {endpoint.media_type: {"schema": schema}}
+        response: dict[str, Any] = {"description": text, "content": content}
+        if endpoint.access == "tenant" and endpoint.reads:
+            response["headers"] = {APPLIED_HEADER: _APPLIED}
+        return response
     schema = {"$ref": "#/components/schemas/Error"}
     return {"description": text, "content": {JSON_TYPE: {"schema": schema}}}
 

@@ -45,7 +45,7 @@ class Performance:
     def _counters(self) -> Mapping[str, float]:
         pipeline = self._pipeline
         return {
-            _SPANS: pipeline.ingest.counts.accepted,
+            _SPANS: self._sources.accepted_spans(),
             _ROWS: pipeline.project.rows,
             **{name: s.statistics().weight_out for name, s in pipeline.stages.items()},
         }

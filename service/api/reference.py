@@ -22,6 +22,10 @@ call what changes nothing: every GET, and checking and testing rules. Everything
 Pages for people begin at `/`.
 
 An error is `{"error": {"code", "message", "hint"}}`: what happened, and what to do about it.
+
+Answers of a cluster's query node to a tenant have the header `BeTrace-Applied`: for each partition,
+in order, the sequence of its `OUT` stream up to which the answer is complete, separated by commas.
+`GET /api/cluster` has the ends of the streams.
 """
 INGESTION = """\
 ## Ingestion

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 from betrace.service.rules.definition import Rule, RuleFileError, etag, make_rule
@@ -37,11 +37,18 @@ class RuleWriter:
     and the errors of :class:`betrace.service.rules.store.RuleStore`.
 
     ``closed`` are the deleted tenants; ``limit`` bounds the tenants that anyone may name.
+    ``exchange`` brings a tenant's rules up to date with the other query nodes of a cluster; with
+    it, methods also raise :exc:`~betrace.service.storage.jetstream.errors.NatsUnavailable`.
     """
 
     def __init__(
-        self, registry: RuleRegistry, closed: Container[str], limit: TenantLimit | None = None
+        self,
+        registry: RuleRegistry,
+        closed: Container[str],
+        limit: TenantLimit | None = None,
+        exchange: Callable[[str], None] | None = None,
     ) -> None:
+        self._exchange = exchange
         self._limit = limit
         self._registry = registry
         self._rules = registry.store
@@ -65,6 +72,7 @@ class RuleWriter:
                 raise TenantDeletedError(f"the tenant {tenant} is deleted")
             if self._limit is not None and (denied := self._limit.refusal(tenant)):
                 raise TooManyTenantsError(denied.message)
+            self._exchanged(tenant)
             if if_match is None:
                 self._must_be_new(tenant, rule_id)
             try:
@@ -72,21 +80,38 @@ class RuleWriter:
             except RuleConflictError:
                 self._rules.rule(tenant, rule_id)  # a missing rule is a RuleNotFoundError instead
                 raise
+            self._exchanged(tenant)
+            if all(etag(each) != etag(rule) for each in self._rules.rules(tenant)):
+                raise _changed_elsewhere(rule_id)
         self._registry.forget(tenant)
         return rule, created
 
     def delete(self, tenant: str, rule_id: str, if_match: str) -> None:
         """Delete a rule."""
         with self._changing:
+            self._exchanged(tenant)
             self._rules.rule(tenant, rule_id)
             self._rules.delete(tenant, rule_id, if_match=if_match)
+            self._exchanged(tenant)
+            if any(rule.id == rule_id for rule in self._rules.rules(tenant)):
+                raise _changed_elsewhere(rule_id)
         self._registry.forget(tenant)
+
+    def settle(self) -> None:
+        """Wait for the change in progress. Later ones are refused for tenants that are closed."""
+        with self._changing:
+            pass
 
     def delete_all(self, tenant: str) -> None:
         """Delete all rules of a deleted tenant."""
         with self._changing:
             self._rules.delete_tenant(tenant)
         self._registry.forget(tenant)
+
+    def _exchanged(self, tenant: str) -> None:
+        """In a cluster, make the rules here and elsewhere the same."""
+        if self._exchange is not None:
+            self._exchange(tenant)
 
     def _must_be_new(self, tenant: str, rule_id: str) -> None:
         if self._rules.for_all_tenants(rule_id):
@@ -96,3 +121,10 @@ class RuleWriter:
         except RuleNotFoundError:
             return
         raise RuleExistsError(rule_id, etag(present))
+
+
+def _changed_elsewhere(rule_id: str) -> RuleConflictError:
+    return RuleConflictError(
+        f"the rule '{rule_id}' was changed at another query node at the same time, and that change "
+        "counts"
+    )

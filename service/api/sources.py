@@ -59,5 +59,20 @@ class Sources:
         return self.state() == "ready"
 
     def account(self) -> SpanAccount:
-        """Where every span is."""
+        """Where every span is. A query node counts those that were evaluated since it started."""
+        if self.node is not None:
+            spans = self.node.evaluated_spans()
+            return SpanAccount(spans, 0, 0, spans, 0, 0, 0)
         return span_account(self.pipeline, self.recovery.replayed.spans)
+
+    def accepted_spans(self) -> int:
+        """Spans accepted since the start; of a cluster, those that were evaluated."""
+        if self.node is not None:
+            return self.node.evaluated_spans()
+        return self.pipeline.ingest.counts.accepted
+
+    def closed_traces(self) -> int:
+        """Traces closed since the start."""
+        if self.node is not None:
+            return self.node.closed_traces()
+        return self.pipeline.open_traces.counts.closed

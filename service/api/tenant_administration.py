@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import trio
@@ -9,40 +10,43 @@ import trio
 from betrace.channels import ThreadRunner
 from betrace.service.api.audit import AuditTrail, Operator
 from betrace.service.api.subscriptions import Subscriptions
-from betrace.service.pipeline.recovery.removal import Removal
-from betrace.service.storage.spanlog.log import SpanLog
-from betrace.service.tenancy.directory import Tenant, TenantState, UnknownTenantError
+from betrace.service.tenancy.changes import (
+    TenantChanges,
+    UnknownTenantError,
+    add_key,
+    create,
+    revoke_key,
+    set_quota,
+)
 from betrace.service.tenancy.gate import Gate
+from betrace.service.tenancy.tenant import Tenant, TenantState
 from betrace.service.tenancy.tokens import read_public_key
 from betrace.service.times import write_time
 
 Json = dict[str, Any]
-IMPLICIT = "implicit"
-"""The state of a tenant that has sent spans although it was never created."""
 
 
 class TenantAdministration:
-    """Reads and changes tenants; as JSON a tenant is ``name``, ``state``, ``createdAt``, ``quota``
+    """Reads and changes tenants. ``tenants`` makes the changes; ``stored`` returns the tenants that
+    have something on disk. As JSON a tenant is ``name``, ``state``, ``createdAt``, ``quota``
     and ``keys``. Methods are called on the Trio thread. They raise
-    :exc:`betrace.service.tenancy.directory.TenantError`,
+    :exc:`betrace.service.tenancy.changes.TenantError`,
     :exc:`betrace.service.tenancy.directory.DirectoryError` and, before they change anything,
     :exc:`betrace.service.api.audit.AuditError`."""
 
     def __init__(
         self,
         gate: Gate,
-        removal: Removal,
-        log: SpanLog,
+        tenants: TenantChanges,
+        stored: Callable[[], Iterable[str]],
         subscriptions: Subscriptions,
         threads: ThreadRunner,
         audit: AuditTrail,
     ) -> None:
-        self._gate = gate
         self._directory = gate.directory
         self._closed = gate.closed
-        self._quotas = gate.quotas
-        self._removal = removal
-        self._log = log
+        self._tenants = tenants
+        self._stored = stored
         self._subscriptions = subscriptions
         self._threads = threads
         self._note = audit.note
@@ -56,7 +60,7 @@ class TenantAdministration:
 
         def look() -> list[Json]:
             known = {each.name: _shown(each) for each in self._directory.page(after, limit + 1)}
-            for name in self._log.tenants():
+            for name in self._stored():
                 if name > after and name not in known and name not in self._closed:
                     known[name] = _implicit(name)
             return [known[name] for name in sorted(known)[: limit + 1]]
@@ -72,7 +76,7 @@ class TenantAdministration:
             known = self._directory.get(name)
             if known is not None:
                 return _shown(known)
-            there = name not in self._closed and name in self._log.tenants()
+            there = name not in self._closed and name in self._stored()
             return _implicit(name) if there else None
 
         return await self._threads.run(look)
@@ -92,21 +96,13 @@ class TenantAdministration:
         public = None if public_key is None else read_public_key(public_key)
         async with self._changing:
             await self._note(who, "tenants.create", {"tenant": name, "quota": quota})
-            made = await self._threads.run(self._directory.create, name, quota, public)
-            self._quotas.set(name, quota)
-            await self._removal.reopen(name)
-            if self._gate.tenant_limit is not None:
-                self._gate.tenant_limit.create(name)
-            self._gate.keys_changed(name)
-        return _shown(made)
+            return _shown(await self._tenants.change(name, create(quota, public)))
 
     async def set_quota(self, who: Operator, name: str, quota: int | None) -> Json:
         """Change how many spans per second a tenant may send; None means the configured quota."""
         async with self._changing:
             await self._note(who, "tenants.quota", {"tenant": name, "quota": quota})
-            changed = await self._threads.run(self._directory.set_quota, name, quota)
-            self._quotas.set(name, quota)
-        return _shown(changed)
+            return _shown(await self._tenants.change(name, set_quota(quota)))
 
     async def add_key(
         self, who: Operator, name: str, public_key: str, grace_seconds: float
@@ -117,16 +113,13 @@ class TenantAdministration:
             await self._note(
                 who, "tenants.add-key", {"tenant": name, "graceSeconds": grace_seconds}
             )
-            changed = await self._threads.run(self._directory.add_key, name, public, grace_seconds)
-            self._gate.keys_changed(name)
-        return _shown(changed)
+            return _shown(await self._tenants.change(name, add_key(public, grace_seconds)))
 
     async def revoke_key(self, who: Operator, name: str, kid: str) -> Json:
         """Remove a key; its tokens are invalid from now on."""
         async with self._changing:
             await self._note(who, "tenants.revoke-key", {"tenant": name, "kid": kid})
-            changed = await self._threads.run(self._directory.revoke_key, name, kid)
-            self._gate.keys_changed(name)
+            changed = await self._tenants.change(name, revoke_key(kid))
             self._subscriptions.end(name)
         return _shown(changed)
 
@@ -137,11 +130,7 @@ class TenantAdministration:
             if await self.get(name) is None:
                 raise UnknownTenantError(f"there is no tenant {name}", "see `betrace tenants list`")
             await self._note(who, "tenants.delete", {"tenant": name})
-            done = await self._removal.begin(name)
-            self._quotas.set(name, None)
-            if self._gate.tenant_limit is not None:
-                self._gate.tenant_limit.delete(name)
-            self._gate.keys_changed(name)
+            done = await self._tenants.delete(name)
             self._subscriptions.end(name)
         with trio.move_on_after(wait_seconds):
             await done.wait()
@@ -166,4 +155,10 @@ def _shown(tenant: Tenant) -> Json:
 
 
 def _implicit(name: str) -> Json:
-    return {"name": name, "state": IMPLICIT, "createdAt": None, "quota": None, "keys": []}
+    return {
+        "name": name,
+        "state": str(TenantState.IMPLICIT),
+        "createdAt": None,
+        "quota": None,
+        "keys": [],
+    }

@@ -26,16 +26,18 @@ from betrace.service.api.tenant_administration import TenantAdministration
 from betrace.service.api.trace_cache import TraceMetadataCache
 from betrace.service.api.trace_view import TraceReader
 from betrace.service.api.unstored_signals import UnstoredSignals
+from betrace.service.app import sharing
 from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alerts import Alerts
-from betrace.service.export.archiver import archive_directory
+from betrace.service.export.archiver import Archiver, Throttle, archive_directory
 from betrace.service.export.daily import Daily
 from betrace.service.export.destinations import Exports
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.pipeline.build import Stores, build_pipeline
 from betrace.service.pipeline.damage import report_skipped
 from betrace.service.pipeline.data_directory import DataDirectory
+from betrace.service.pipeline.recovery.local_tenants import LocalTenants
 from betrace.service.pipeline.recovery.lost_ledger import refuse_if_lost
 from betrace.service.pipeline.recovery.rebuild import Rebuild
 from betrace.service.pipeline.recovery.recovery import Recovery
@@ -58,11 +60,13 @@ from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.open_files import affordable, raise_limit
 from betrace.service.telemetry.latencies import Latencies
 from betrace.service.tenancy.authentication import OperatorTokens, operator_tokens
+from betrace.service.tenancy.changes import TenantChanges
 from betrace.service.tenancy.directory import TenantDirectory
 from betrace.service.tenancy.gate import Gate
 
 if TYPE_CHECKING:
     from betrace.service.cluster.query.node import ClusterConnection, QueryNode
+    from betrace.service.cluster.query.tenant_names import TenantNames
 
 _log = logging.getLogger("service")
 
@@ -155,9 +159,16 @@ class _ServiceBuilder:
             directory,
             tokens,
             lambda name: self._tenants.exists(name),
-            lambda: [*stores.log.tenants(), *stores.registry.store.tenants()],
+            lambda: [*self._stored_tenants(), *stores.registry.store.tenants()],
         )
         self._visible = self._gate.current_entries(stores.ledger)  # without deleted tenants
+        self._sharing = (
+            sharing.alone(self._visible, stores.local)
+            if cluster is None
+            else sharing.shared(
+                cluster, settings, stores.local, self._threads, self._tenant_names()
+            )
+        )
         self._build_flow()
         self._node = self._query_node()
         self._build_upkeep()
@@ -172,14 +183,16 @@ class _ServiceBuilder:
         )
         destinations = [*settings.export.destinations, *settings.alerts.destinations]
         breakers = Breakers(settings.breakers, destinations)
-        self._exports = Exports(settings, self._visible, breakers, self._muted)
+        shared = self._sharing
+        self._exports = Exports(settings, shared.queues, breakers, self._muted, shared.turns)
         self._alerts = Alerts(
             settings,
-            self._visible,
-            stores.local.alerts,
+            shared.queues,
+            shared.alerts,
             breakers,
             self._muted,
             lambda tenant, rule: stores.local.triage.current_mute(tenant, rule) is not None,
+            shared.turns,
         )
         self._subscriptions = Subscriptions()
         self._unstored = UnstoredSignals()
@@ -211,6 +224,9 @@ class _ServiceBuilder:
 
     def _recorded(self, signals: list[Signal]) -> None:
         """Pass on signals that are new in the ledger."""
+        if self._cluster is not None:  # evaluators are other processes
+            for signal in signals:
+                self._pipeline.evaluate.counts.add(signal)
         self._rule_signals.add(signals)
         self._unstored.add(signals)
         self._subscriptions.publish(signals)
@@ -229,10 +245,11 @@ class _ServiceBuilder:
             self._stores.local.undecided,
             self._stores.registry.store,
             self._gate.closed,
+            self._tenant_names(),
             lambda: self._pipeline.project.fallback.pending,
             self._threads,
         )
-        node = QueryNode(self._cluster, stores)
+        node = QueryNode(self._cluster, stores, self._sharing.followers)
         node.connect(self._pipeline.queues["storage-write"].send, self._pipeline.in_flight)
         return node
 
@@ -260,9 +277,14 @@ class _ServiceBuilder:
             self._rebuild.suspect,
             gate.closed,
         )
-        self._rule_writer = RuleWriter(stores.registry, gate.closed, gate.tenant_limit)
+        self._rule_writer = RuleWriter(
+            stores.registry,
+            gate.closed,
+            gate.tenant_limit,
+            None if self._node is None else self._node.rules.exchange_now,
+        )
         erase = (
-            self._rule_writer.delete_all,
+            self._erase_rules,
             stores.local.triage.delete_tenant,
             self._alerts.forget,
             self._unstored.forget,
@@ -272,7 +294,7 @@ class _ServiceBuilder:
         self._removal = Removal(
             data, stores, gate, self._pipeline, self._recovery, self._rebuild, threads, erase
         )
-        self._daily = Daily(settings, stores.log, stores.duckdb)
+        self._daily = self._make_daily()
         self._rule_watch = RuleWatch(stores.registry, threads, settings.rules.poll_seconds)
         self._watch = Watch(
             self._pipeline.stages,
@@ -281,6 +303,32 @@ class _ServiceBuilder:
             self._admission.refusals.spans,
             settings.pipeline.stall_seconds,
         )
+
+    def _make_daily(self) -> Daily:
+        settings, stores = self._settings, self._stores
+        if self._cluster is not None:
+            from betrace.service.app.archive import cluster_daily
+
+            return cluster_daily(settings, stores.duckdb, self._cluster)
+
+        def make_archiver() -> Archiver:
+            return Archiver(
+                stores.log,
+                archive_directory(settings),
+                settings.storage.path / "checkpoints",
+                settings.ingest.max_body_bytes,
+                Throttle(),
+            )
+
+        return Daily(settings, stores.duckdb, make_archiver)
+
+    def _erase_rules(self, tenant: str) -> None:
+        if self._node is None:
+            self._rule_writer.delete_all(tenant)
+        else:
+            self._rule_writer.settle()
+            self._node.rules.erase(tenant)
+            self._stores.registry.forget(tenant)
 
     def _erase_archive(self, tenant: str) -> None:
         with suppress(FileNotFoundError):
@@ -308,8 +356,48 @@ class _ServiceBuilder:
         )
         self._audit = AuditTrail(audit_log, self._threads)
         self._tenants = TenantAdministration(
-            self._gate, self._removal, stores.log, self._subscriptions, self._threads, self._audit
+            self._gate,
+            self._tenant_changes(),
+            self._stored_tenants,
+            self._subscriptions,
+            self._threads,
+            self._audit,
         )
+
+    def _tenant_changes(self) -> TenantChanges:
+        """What changes tenants."""
+        if self._node is None or self._cluster is None:
+            return LocalTenants(self._gate, self._removal, self._threads)
+        from betrace.service.cluster.query.tenants import ClusterTenants
+
+        self._node.tenants = ClusterTenants(
+            self._cluster.tenants,
+            self._gate,
+            self._removal,
+            self._threads,
+            lambda: {
+                *self._stored_tenants(),
+                *self._stores.ledger.tenants(),
+                *self._stores.registry.store.tenants(),
+            },
+            self._node.rules.drop,
+            self._subscriptions.end,
+        )
+        return self._node.tenants
+
+    def _tenant_names(self) -> TenantNames:
+        """The names of tenants in the logs of a cluster."""
+        from betrace.service.cluster.query.tenant_names import TenantNames
+
+        return TenantNames(self._gate.generations, self._gate.closed)
+
+    def _stored_tenants(self) -> list[str]:
+        """The tenants that have something on disk, and those of the cluster that have sent
+        spans."""
+        stores = self._stores
+        if self._cluster is None:
+            return stores.log.tenants()
+        return [*stores.duckdb.tenants(), *self._gate.implicit]
 
     def _active_tenants(self) -> Iterator[str]:
         yield from list(self._pipeline.open_traces.tenants)
@@ -346,7 +434,7 @@ class _ServiceBuilder:
         reader = TraceReader(
             stores.duckdb,
             self._trace_metadata,
-            stores.log if self._cluster is None else self._cluster.spans,
+            stores.log if self._node is None else self._node.spans,
             stores.registry.store.rules,
             self._pipeline.open_traces if self._cluster is None else self._cluster.open_traces,
             stores.local.triage,
@@ -367,6 +455,7 @@ class _ServiceBuilder:
             Exposition(sources, self._latencies),
             ThreadRunner("api", settings.api.query_threads),
             self._unstored,
+            shared_triage=self._sharing.triage,
         )
 
     def service(self) -> Service:

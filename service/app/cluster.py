@@ -27,30 +27,36 @@ from betrace.service.app.query import connect_query
 from betrace.service.app.roles import Role, kernels_of
 from betrace.service.app.service import Addresses, Service
 from betrace.service.app.status import NodeStatus, StatusApp
+from betrace.service.cluster.edge.tenants import TenantCopy
 from betrace.service.cluster.evaluator.evaluator import Evaluator
 from betrace.service.cluster.membership import Membership
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
     open_trace_subject,
     open_traces_answer,
 )
 from betrace.service.cluster.requests import serve_requests
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.base import OFF
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.warmup import Compilation
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.configuration import cluster_id
 from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.generations import MOST_PARTITIONS
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.setup import check
-from betrace.service.tenancy.directory import TenantState
+from betrace.service.storage.jetstream.setup import check, other_number
 from betrace.service.tenancy.gate import Gate
+from betrace.service.tenancy.tenant import TenantState
 
 _log = logging.getLogger("service.cluster")
 
 Json = dict[str, Any]
 
+EVALUATING = 2  # partitions at the same time; more would wait for one another's interpreter lock
 RETRY_SECONDS = 1.0  # between attempts to reach the servers at the start
 
 
@@ -72,13 +78,13 @@ def open_cluster(
     settings.storage.path.mkdir(parents=True, exist_ok=True)
     make_query = open_query_service(settings, stack) if Role.QUERY in roles else None
     make_gate = None
-    if Role.EDGE in roles and make_query is None:
+    if make_query is None:
         make_gate = open_gate(settings, stack)
     return lambda: ClusterProcess(settings, roles, make_query, make_gate and make_gate())
 
 
 def open_gate(settings: Settings, stack: ExitStack) -> Callable[[], Gate]:
-    """Open the tenant directory of an edge without a query role; returns what makes its gate."""
+    """Open the tenant directory of a process without a query role; returns what makes its gate."""
     directory, tokens = open_tenants(settings, stack)
 
     async def exists(name: str) -> bool:
@@ -96,7 +102,7 @@ def node_name(settings: ClusterSettings) -> str:
 class ClusterProcess:
     """The roles of one process: connects to NATS, then starts and stops them in order.
 
-    ``make_query`` builds the service of the query role; ``gate`` is for an edge without that role.
+    ``make_query`` builds the service of the query role; ``gate`` is for a process without it.
     """
 
     def __init__(
@@ -116,14 +122,17 @@ class ClusterProcess:
         self.compilation = Compilation(kernels_of(roles))
         self._make_query = make_query
         self._gate = gate
-        self._query: Service | None = None
+        self.query: Service | None = None
+        """The service of the query role, once it starts."""
+        self._status: StatusApp | None = None
         self.edge: Edge | None = None
         self.evaluator: Evaluator | None = None
         self._membership: Membership
+        self._partitions: PartitionMap
         self._running: dict[Role, tuple[RolePart, trio.Event]] = {}
         self._threads = ThreadRunner("cluster", 1)
-        # A partition that waits for a query node keeps its thread for seconds.
-        self._evaluating = ThreadRunner("evaluate", self._cluster.partitions)
+        # A partition that waits for a query node keeps its thread for seconds, so each has one.
+        self._evaluating = ThreadRunner("evaluate", MOST_PARTITIONS, busy=EVALUATING)
         self._stop = trio.Event()
         self._ended = trio.Event()  # closes the listeners
 
@@ -134,6 +143,9 @@ class ClusterProcess:
         client = await NatsClient.connect(self._cluster, f"betrace {self.node}")
         try:
             await self._check(client)
+            config = ConfigBucket(client, self._layout.config_bucket)
+            self._partitions = PartitionMap(config, self._layout.generations)
+            await self._partitions.load()
             async with trio.open_nursery() as nursery:
                 addresses = await self._start(nursery, client)
                 self.state = "ready"
@@ -157,11 +169,14 @@ class ClusterProcess:
         :func:`~betrace.service.storage.jetstream.setup.check` raises."""
         while True:
             try:
-                await check(client, self._cluster)
-                return
+                generations = await check(client, self._cluster)
+                break
             except NatsUnavailable as error:
                 _log.warning("waiting for the NATS servers: %s", error)
                 await trio.sleep(RETRY_SECONDS)
+        self._layout = Layout.of(self._cluster, generations)
+        if generations.current.count != self._cluster.partitions:
+            _log.warning("%s", other_number(generations, self._cluster))
 
     def stop(self) -> None:
         """Start to shut down."""
@@ -169,15 +184,17 @@ class ClusterProcess:
 
     async def reload_rules(self) -> None:
         """Reload changed rule files now."""
-        if self._query is not None:
-            await self._query.reload_rules()
+        if self.query is not None:
+            await self.query.reload_rules()
 
     def close(self) -> None:
         """End the worker threads; whoever opened the stores closes them."""
-        if self._query is not None:
-            self._query.close()
+        if self.query is not None:
+            self.query.close()
         if self.edge is not None:
             self.edge.close()
+        if self._status is not None:
+            self._status.close()
         if self._gate is not None:
             self._gate.close()
         self._evaluating.close()
@@ -186,20 +203,35 @@ class ClusterProcess:
     async def _start(self, nursery: trio.Nursery, client: NatsClient) -> Addresses:
         """Start the roles: last the one that accepts spans."""
         gate = self._gate
+        feed = TenantFeed(ConfigBucket(client, self._layout.config_bucket))
+        nursery.start_soon(feed.run)
         membership = self._membership = self._make_membership(client)
         nursery.start_soon(membership.run)
+        nursery.start_soon(self._partitions.run)
         if self._make_query is None:
             api, metrics = await self._serve_status(nursery, client)
             await self.compilation.run(self._threads)
         else:
-            query = self._query = self._make_query(
-                connect_query(self._cluster, self.node, self.roles, client, self)
+            identity = await self._identity(client)
+            query = self.query = self._make_query(
+                connect_query(
+                    self._cluster,
+                    self.node,
+                    self.roles,
+                    client,
+                    self._partitions,
+                    feed,
+                    self,
+                    identity,
+                )
             )
             query.compilation, gate = self.compilation, query.gate
             found: Addresses = await self._start_part(nursery, Role.QUERY, query)
             api, metrics = found.api, found.metrics
         if Role.EVALUATOR in self.roles:
-            node = EvaluatorNode(self.node, client, self._layout, membership, self._evaluating)
+            node = EvaluatorNode(
+                self.node, client, self._layout, self._partitions, membership, self._evaluating
+            )
             self.evaluator = open_evaluator(self._settings, node)
             await self._start_part(nursery, Role.EVALUATOR, self.evaluator)
             subject = open_trace_subject(self._layout.prefix, "*")
@@ -208,10 +240,23 @@ class ClusterProcess:
         ingest = grpc = None
         if Role.EDGE in self.roles:
             assert gate is not None
-            self.edge = Edge(self._settings, client, self._layout, gate)
+            if gate is self._gate:  # otherwise the query node keeps it up to date
+                await nursery.start(TenantCopy(gate, feed, self._threads).run)
+            self.edge = edge = Edge(
+                self._settings, client, self._layout, self._partitions, gate, feed
+            )
+            membership.paused_at = lambda: edge.paused_at
             spans: EdgeAddresses = await self._start_part(nursery, Role.EDGE, self.edge)
             ingest, grpc = spans.ingest, spans.grpc
         return Addresses(ingest, grpc, api, metrics)
+
+    async def _identity(self, client: NatsClient) -> str:
+        while True:
+            try:
+                return await cluster_id(ConfigBucket(client, self._layout.config_bucket))
+            except NatsUnavailable as error:
+                _log.warning("waiting for the NATS servers: %s", error)
+                await trio.sleep(RETRY_SECONDS)
 
     async def _start_part(self, nursery: trio.Nursery, role: Role, part: RolePart) -> Any:
         """Run a part; returns what it starts with."""
@@ -245,8 +290,10 @@ class ClusterProcess:
                 lambda: self.state,
                 partial(self._components, client),
                 self.role_metrics,
+                None if self._gate is None else self._gate.authenticator,
             )
         )
+        self._status = app
         urls: list[str | None] = []
         for address in (self._settings.api.address, self._settings.metrics.address):
             if address == OFF:
@@ -280,8 +327,8 @@ class ClusterProcess:
         if self.evaluator is not None:
             found["evaluator"] = {
                 "status": "ok",
-                "detail": f"owns {len(self.evaluator.owned)} of {self._cluster.partitions} "
-                "partitions",
+                "detail": f"owns {len(self.evaluator.owned)} of "
+                f"{len(self.evaluator.active_statuses)} partitions",
             }
         return found
 
@@ -292,9 +339,15 @@ class ClusterProcess:
             for each in self._membership.alive().values()
         ]
 
+    def edges_are_paused(self, revision: int) -> bool:
+        """Whether all edges have stored what they received before ingestion was paused by the entry
+        with this revision."""
+        edges = self._membership.alive(Role.EDGE).values()
+        return all(each.paused_at >= revision for each in edges)
+
     def role_metrics(self) -> Iterator[Metric]:
         """The metrics of the edge and of the evaluator."""
         if self.edge is not None:
             yield from self.edge.metrics()
         if self.evaluator is not None:
-            yield from evaluator_metrics.read(self.evaluator.statuses)
+            yield from evaluator_metrics.read(self.evaluator.active_statuses)

@@ -26,6 +26,9 @@ from betrace.service.app import edge_metrics
 from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
 from betrace.service.cluster.edge.quota_exchange import DemandShares, QuotaExchange
+from betrace.service.cluster.edge.tenants import IngestTenants
+from betrace.service.cluster.partition_map import PartitionMap
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.settings import Settings
 from betrace.service.otlp import split, wire
 from betrace.service.pipeline.build import INGEST_ENOUGH, INGEST_INTERVAL, open_batch_audit
@@ -53,9 +56,18 @@ class EdgeAddresses:
 
 
 class Edge:
-    """Built within Trio. ``gate`` says who is let in; its owner closes it."""
+    """Built within Trio. ``gate`` says who is let in, ``feed`` keeps it up to date, and
+    ``partitions`` are those that spans go to; their owner runs and closes them."""
 
-    def __init__(self, settings: Settings, client: NatsClient, layout: Layout, gate: Gate) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        client: NatsClient,
+        layout: Layout,
+        partitions: PartitionMap,
+        gate: Gate,
+        feed: TenantFeed,
+    ) -> None:
         self._settings = settings
         self._client = client
         pipeline, max_body = settings.pipeline, settings.ingest.max_body_bytes
@@ -68,8 +80,14 @@ class Edge:
             settings.ingest.max_buffered_bytes,
         )
         self._audit = open_batch_audit(settings)
+        self._tenants, self._feed = IngestTenants(gate, feed), feed
         self.ingest = EdgeIngest(
-            self.commit, self._threads, layout.partitions, max_body, self._audit
+            self.commit,
+            self._threads,
+            lambda: partitions.current,
+            max_body,
+            self._audit,
+            self._tenants,
         )
         capacity = _IN_FLIGHT * pipeline.ingest_capacity_spans
         channel: tuple[SendChannel[Request], ReceiveChannel[Request]] = open_channel(
@@ -121,6 +139,8 @@ class Edge:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.commit.run)
             await nursery.start(self._quotas.run)
+            nursery.start_soon(self._tenants.run)
+            self._feed.subscribe_paused(self._pause)
             async with trio.open_nursery() as stages:
                 await stages.start(self.stage.run)
                 addresses = await listen_for_spans(
@@ -132,8 +152,27 @@ class Edge:
             await self.commit.drained()
             nursery.cancel_scope.cancel()
 
+    def _pause(self, paused: bool) -> None:
+        """Refuse requests while an operator has paused ingestion."""
+        if self.admission.state != "draining":
+            if paused:
+                self.admission.pause()
+            else:
+                self.admission.resume()
+
+    @property
+    def paused_at(self) -> int:
+        """The revision of the entry by which ingestion is paused, once everything that was received
+        before is stored; else 0."""
+        busy = self.admission.unanswered or self.commit.buffered_bytes
+        if busy or not self._feed.paused or self.admission.state == "open":
+            return 0
+        return self._feed.ingestion_revision
+
     async def _drain(self, nursery: trio.Nursery, stop_listeners: trio.Event) -> None:
-        grace = self._settings.shutdown.grace_seconds
+        shutdown = self._settings.shutdown
+        grace = shutdown.grace_seconds
+        await trio.sleep(shutdown.delay_seconds)
         nursery.cancel_scope.deadline = trio.current_time() + grace
         self.admission.drain()
         stop_listeners.set()

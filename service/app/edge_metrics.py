@@ -13,8 +13,6 @@ from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.pipeline.scanning import IngestCounts
 from betrace.service.receiver.admission import Admission
 
-_SHARED = {each.name: each for each in flow.DECLARED}
-
 
 @dataclass(frozen=True, slots=True)
 class EdgeState:
@@ -37,38 +35,6 @@ def _unavailable(edge: EdgeState) -> Samples:
     for partition in range(len(edge.commit.partition_spans)):
         yield (str(partition),), partition in unavailable
 
-
-SHARED: tuple[Declared[EdgeState], ...] = (
-    Declared(
-        "betrace_span_ingestion",
-        "counter",
-        _SHARED["betrace_span_ingestion"].text,
-        (),
-        lambda edge: one(edge.counts.accepted),
-    ),
-    Declared(
-        "betrace_spans_rejected",
-        "counter",
-        _SHARED["betrace_spans_rejected"].text,
-        (),
-        lambda edge: one(edge.counts.rejected),
-    ),
-    Declared(
-        "betrace_spans_refused",
-        "counter",
-        _SHARED["betrace_spans_refused"].text,
-        _SHARED["betrace_spans_refused"].labels,
-        lambda edge: (((name,), value) for name, value in edge.admission.refusals.spans.items()),
-    ),
-    Declared(
-        "betrace_requests_refused",
-        "counter",
-        _SHARED["betrace_requests_refused"].text,
-        _SHARED["betrace_requests_refused"].labels,
-        lambda edge: (((name,), value) for name, value in edge.admission.refusals.requests.items()),
-    ),
-)
-"""Documented for a process without a cluster."""
 
 DECLARED: tuple[Declared[EdgeState], ...] = (
     Declared(
@@ -143,5 +109,8 @@ DECLARED: tuple[Declared[EdgeState], ...] = (
 
 def read(edge: EdgeState) -> Iterator[Metric]:
     """All of them, with their current values. Call it on Trio's thread."""
-    for each in (*SHARED, *DECLARED):
+    arrivals = flow.Arrivals(edge.counts, edge.admission)
+    for shared in flow.ARRIVING:
+        yield shared.family(arrivals)
+    for each in DECLARED:
         yield each.family(edge)

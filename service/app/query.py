@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from betrace.service.cluster.lease_keys import owners_by_partition
+from betrace.service.cluster.duty import Duties, DutyTimes
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.index import index_subject
 from betrace.service.cluster.query.node import ClusterConnection, OtherRoles
 from betrace.service.cluster.query.open_traces import (
@@ -12,6 +13,8 @@ from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
     open_trace_subject,
 )
+from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
@@ -20,22 +23,36 @@ from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.spans import SpanStreams
 
+DUTY_LEASES = 3
+"""A duty is taken over after so many times the lease of a partition, because nobody waits for
+it."""
+
+
+def duty_times(settings: ClusterSettings) -> DutyTimes:
+    """The times of duties, the same for everybody who wants them."""
+    return DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
+
 
 def connect_query(
     settings: ClusterSettings,
     node: str,
     roles: Sequence[str],
     client: NatsClient,
+    partitions: PartitionMap,
+    tenants: TenantFeed,
     others: OtherRoles,
+    identity: str,
 ) -> ClusterConnection:
     """The connection of the query node with the name ``node``. ``others`` are the process's other
-    roles."""
-    layout, partitions = Layout.of(settings), range(settings.partitions)
-    logs = {partition: FencedLog(client, layout, partition) for partition in partitions}
-    leases = Leases(ConfigBucket(client, layout.leases_bucket), settings.lease_seconds)
+    roles; ``partitions`` and ``tenants`` serve them all; ``identity`` is the cluster's id."""
+    layout = Layout.of(settings, partitions.generations)
+    logs: dict[int, FencedLog] = {}
 
-    async def owners() -> dict[int, str]:
-        return owners_by_partition(await leases.owners(), settings.partitions)
+    def out(partition: int) -> FencedLog:
+        return logs.setdefault(partition, FencedLog(client, layout, partition))
+
+    leases_bucket = ConfigBucket(client, layout.leases_bucket)
+    leases = Leases(leases_bucket, settings.lease_seconds)
 
     def ask_owner(partition: int, data: bytes) -> bytes:
         subject = open_trace_subject(layout.prefix, partition)
@@ -44,14 +61,20 @@ def connect_query(
     return ClusterConnection(
         name=node,
         roles=tuple(roles),
+        identity=identity,
         client=client,
         spans=SpanStreams(client, layout),
-        outs=dict(logs),
-        last=lambda partition: logs[partition].last(),
-        epoch=lambda partition: logs[partition].epoch(),
-        owners=owners,
-        config=ConfigBucket(client, layout.config_bucket),
+        partitions=partitions,
+        out=out,
+        last=lambda partition: out(partition).last(),
+        epoch=lambda partition: out(partition).epoch(),
+        owners=leases.owners,
+        config=tenants.bucket,
+        shared=ConfigBucket(client, layout.query_bucket),
+        duties=Duties(leases_bucket, node, duty_times(settings)),
+        recent=RecentSignals(partitions.current.count),
         index_subject=index_subject(layout.prefix),
-        open_traces=RemoteOpenTraces(ask_owner, settings.partitions),
+        open_traces=RemoteOpenTraces(ask_owner, partitions.holder_of),
         others=others,
+        tenants=tenants,
     )

@@ -57,8 +57,6 @@ def read_roles(text: str | None, clustered: bool) -> tuple[Role, ...]:
 
 def refuse_unsupported(settings: Settings) -> None:
     """Raise :exc:`RoleError` for settings that do not work on a cluster."""
-    if settings.archive.enabled:
-        raise RoleError("archive.enabled does not work with [cluster] yet; set it to false")
     days, max_age = settings.retention.log_days, settings.traces.max_age_seconds
     if days and max_age > days * DAY_SECONDS / 2:
         raise RoleError(

@@ -193,7 +193,7 @@ class Service:
         nursery.start_soon(self.removal.run)
         nursery.start_soon(self.trace_metadata.run, self.cache_thread)
         nursery.start_soon(self.caches.warm_up_after, self.settings.caches.warm_up_seconds)
-        nursery.start_soon(self.recovery.every, self.settings.checkpoint.interval_seconds)
+        nursery.start_soon(self.recovery.every_interval)
         nursery.start_soon(self.daily.every_day)
         nursery.start_soon(self.exports.run)
         nursery.start_soon(self.alerts.run)

@@ -12,8 +12,11 @@ import orjson
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from betrace.channels import ThreadRunner
 from betrace.service.api.asgi import Receive, Scope, Send, lifespan
 from betrace.service.api.metrics.exposition import TEXT_TYPE, Collected, register_process
+from betrace.service.api.metrics.listener import header
+from betrace.service.tenancy.authentication import Authenticator
 
 Json = dict[str, Any]
 
@@ -21,13 +24,15 @@ Json = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
     """What is shown: the node, its roles, its state, the status of its parts by name, and their
-    metrics. The functions are called on the Trio thread."""
+    metrics. The functions are called on the Trio thread. With ``authenticator``, metrics need the
+    scrape token."""
 
     node: str
     roles: tuple[str, ...]
     state: Callable[[], str]
     components: Callable[[], dict[str, Json]]
     metrics: Callable[[], Iterable[Metric]]
+    authenticator: Authenticator | None = None
 
 
 class StatusApp:
@@ -38,6 +43,11 @@ class StatusApp:
         self._started_at = time.time()
         self._process = CollectorRegistry()
         register_process(self._process)
+        self._threads = ThreadRunner("metrics", 1)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._threads.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -46,24 +56,25 @@ class StatusApp:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
             return
-        status, content_type, body = self._answer(scope["method"], scope["path"])
-        headers = [
+        status, content_type, body = await self._answer(scope)
+        headers = [(b"www-authenticate", b"Bearer")] if status == 401 else []
+        headers += [
             (b"content-type", content_type.encode()),
             (b"content-length", str(len(body)).encode()),
         ]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    def _answer(self, method: str, path: str) -> tuple[int, str, bytes]:
-        if method not in ("GET", "HEAD"):
+    async def _answer(self, scope: Scope) -> tuple[int, str, bytes]:
+        if scope["method"] not in ("GET", "HEAD"):
             return 405, "text/plain", b"use GET\n"
-        match path:
+        match scope["path"]:
             case "/livez" | "/healthz":
                 return 200, "application/json", b'{"status":"ok"}'
             case "/readyz":
                 return self._ready()
             case "/metrics":
-                return 200, TEXT_TYPE, self._metrics()
+                return await self._metrics(header(scope, b"authorization"))
         text = (
             f"this process has the roles {', '.join(self._status.roles)}: it serves only /livez, "
             "/readyz and /metrics; ask a query node\n"
@@ -81,15 +92,24 @@ class StatusApp:
         }
         return 200 if ready else 503, "application/json", orjson.dumps(shown)
 
-    def _metrics(self) -> bytes:
+    async def _metrics(self, authorization: str | None) -> tuple[int, str, bytes]:
+        status = self._status
+        if status.authenticator is not None:
+            denied = await status.authenticator.scraper(authorization)
+            if denied is not None:
+                return denied.status, "text/plain", denied.message.encode() + b"\n"
         info = GaugeMetricFamily(
             "betrace_cluster_node_info",
             "1; the labels are the node's name in the cluster and its roles.",
             labels=("node", "roles"),
         )
-        info.add_metric([self._status.node, ",".join(self._status.roles)], 1)
+        info.add_metric([status.node, ",".join(status.roles)], 1)
         start = GaugeMetricFamily(
             "betrace_start_time_seconds", "When the service started.", self._started_at
         )
-        every = Collected(chain([info, start], self._status.metrics(), self._process.collect()))
+        families = [info, start, *status.metrics()]
+        return 200, TEXT_TYPE, await self._threads.run(self._render, families)
+
+    def _render(self, families: list[Metric]) -> bytes:
+        every = Collected(chain(families, self._process.collect()))
         return generate_latest(every)  # type: ignore[arg-type]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from datetime import datetime
+from collections.abc import Callable
+from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from betrace.service.cli.archive_cluster import archive_cluster
 from betrace.service.cli.common import (
     COULD_NOT_RUN,
     FOUND,
@@ -17,10 +19,14 @@ from betrace.service.cli.common import (
     print_json,
     print_lines,
     printable,
-    refuse_on_cluster,
     settings_options,
     warn,
 )
+
+if TYPE_CHECKING:
+    from betrace.service.config.settings import Settings
+    from betrace.service.export.archiver import ArchiveResult
+    from betrace.service.export.parquet import Archived
 
 
 @click.command()
@@ -48,24 +54,60 @@ def archive(
 
     Exit code 1 if parts of the log are damaged; those stay in the log.
 
+    On a cluster, it archives all days that no node has archived yet. Evaluators delete what is past
+    retention.
+
     \b
     Examples:
       betrace archive
       betrace archive --before 2025-02-01 --directory /mnt/archive
     """
     from betrace.service.config.load import load
+    from betrace.service.export.archiver import today
+
+    settings = load(config, overrides)
+    until = before.date() if before else today()
+    if until > today():
+        raise click.UsageError("--before must not be after today, because today is not over")
+    if settings.cluster is not None:
+        if tenant is not None:
+            raise click.UsageError("--tenant is not for a cluster: days are archived as a whole")
+        done, note = archive_cluster(settings, settings.cluster, until, _printer(as_json)), ""
+    else:
+        done, note = _archive_log(settings, until, tenant, _printer(as_json))
+    summary = f"{done.spans} spans in {done.files} new files"
+    if done.released_segments:
+        summary += f"; deleted {done.released_bytes} bytes of the log that were past retention"
+    click.echo(printable(summary + note), err=True)
+    for segment in done.damaged:
+        warn(f"{segment} is damaged; its readable part is archived, and it stays in the log")
+    for failure in done.failures:
+        warn(failure)
+    sys.exit(COULD_NOT_RUN if done.failures else FOUND if done.damaged else 0)
+
+
+def _printer(as_json: bool) -> Callable[[Archived], None]:
+    def show(file: Archived) -> None:
+        if as_json:
+            size = file.path.stat().st_size
+            print_json({"path": str(file.path), "spans": file.spans, "bytes": size})
+        else:
+            print_lines([f"{file.path}  {file.spans} spans"])
+
+    return show
+
+
+def _archive_log(
+    settings: Settings, until: date, tenant: str | None, show: Callable[[Archived], None]
+) -> tuple[ArchiveResult, str]:
+    """Archive the local log. The text continues the summary."""
     from betrace.service.export.archiver import Archiver, archive_directory, log_until, today
     from betrace.service.storage.lockfile import LockedError
     from betrace.service.storage.spanlog.log import SpanLog
 
-    settings = load(config, overrides)
-    refuse_on_cluster(settings, "archive", "the spans are in JetStream, not in the data directory")
     path = settings.storage.path
     if not path.is_dir():
         raise Failure(f"there is no data in {path}; name the data directory with --data")
-    until = before.date() if before else today()
-    if until > today():
-        raise click.UsageError("--before must not be after today, because today is not over")
     try:
         log, owned = SpanLog(path), True
     except LockedError:
@@ -82,23 +124,9 @@ def archive(
             settings.ingest.max_body_bytes,
         )
         for file in keeper.archive(until, tenants):
-            if as_json:
-                size = file.path.stat().st_size
-                print_json({"path": str(file.path), "spans": file.spans, "bytes": size})
-            else:
-                print_lines([f"{file.path}  {file.spans} spans"])
+            show(file)
         past = log_until(settings, today())
         if past is not None and owned:
             keeper.release(min(past, until), archived=True, tenants=tenants)
-    done = keeper.done
-    summary = f"{done.spans} spans in {done.files} new files"
-    if done.released_segments:
-        summary += f"; deleted {done.released_bytes} bytes of the log that were past retention"
-    if past is not None and not owned:
-        summary += "; the running service deletes what is past retention"
-    click.echo(printable(summary), err=True)
-    for segment in done.damaged:
-        warn(f"{segment} is damaged; its readable part is archived, and it stays in the log")
-    for failure in done.failures:
-        warn(failure)
-    sys.exit(COULD_NOT_RUN if done.failures else FOUND if done.damaged else 0)
+    waits = past is not None and not owned
+    return keeper.done, "; the running service deletes what is past retention" * waits

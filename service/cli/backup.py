@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,15 +16,19 @@ from betrace.service.cli.common import (
     Failure,
     json_option,
     print_json,
-    refuse_on_cluster,
+    printable,
     settings_options,
     warn,
+    with_client,
 )
 
+if TYPE_CHECKING:
+    from betrace.service.config.cluster import ClusterSettings
+    from betrace.service.config.settings import Settings
+    from betrace.service.storage.jetstream.client import NatsClient
+    from betrace.service.storage.jetstream.configuration import RestoredConfiguration
+
 _REPORT_SECONDS = 5.0
-_BACKUP = (
-    "back the streams up with `nats stream backup`, and copy the ledger of a stopped query node"
-)
 
 
 @click.command()
@@ -45,6 +50,9 @@ def backup(
     span log. config.toml, TLS keys and a TigerBeetle cluster are not in the data directory: back
     them up as well.
 
+    On a cluster, back up a query node. The copy also holds what the whole cluster has in common,
+    such as rules. Edges and evaluators keep nothing that must be backed up.
+
     \b
     Example:
       betrace backup /mnt/backup/betrace-$(date +%F) --data ./data
@@ -53,11 +61,15 @@ def backup(
     from betrace.service.pipeline.recovery.backup import BackupError, back_up
 
     settings = load(config, overrides)
-    refuse_on_cluster(settings, "backup", _BACKUP)
     data = settings.storage.path
     try:
         made = back_up(
-            data, directory, version("betrace"), _report("copied"), archive=not without_archive
+            data,
+            directory,
+            version("betrace"),
+            _report("copied"),
+            archive=not without_archive,
+            cluster=_read_cluster(settings),
         )
     except (BackupError, sqlite3.Error) as error:
         raise Failure(_text(error)) from error
@@ -86,26 +98,93 @@ def restore(directory: Path, config: Path | None, overrides: dict[str, Any], as_
     Every file is checked against its digest. Then start the service as usual: it continues as
     after a crash at the time of the backup.
 
+    On a cluster, DIRECTORY is the backup of a query node. A new cluster, after `betrace cluster
+    init`, also gets the rules and whatever else was common to the old one.
+
     \b
     Example:
       betrace restore /mnt/backup/betrace-2026-11-29 --data ./data
     """
     from betrace.service.config.load import load
-    from betrace.service.pipeline.recovery.backup import BackupError
+    from betrace.service.pipeline.recovery.backup import CLUSTER_FILE, BackupError
     from betrace.service.pipeline.recovery.backup import restore as copy_back
 
     settings = load(config, overrides)
-    refuse_on_cluster(settings, "restore", _BACKUP)
     data = settings.storage.path
     try:
         found = copy_back(directory, data, _report("restored"))
     except BackupError as error:
         raise Failure(_text(error)) from error
+    common = None
+    if settings.cluster is not None and CLUSTER_FILE in found.files:
+        common = _write_cluster(settings.cluster, (directory / CLUSTER_FILE).read_bytes())
     if as_json:
-        print_json({"path": str(data), "files": len(found.files), "bytes": found.bytes})
+        print_json(
+            {
+                "path": str(data),
+                "files": len(found.files),
+                "bytes": found.bytes,
+                "cluster": None if common is None else dataclasses.asdict(common),
+            }
+        )
         return
     click.echo(f"{data}: {len(found.files)} files, {found.bytes:,} bytes")
-    click.echo(f"Start the service with: betrace serve --data {data}")
+    for line in _cluster_lines(common):
+        click.echo(printable(line))
+    role = "" if settings.cluster is None else " --role query"
+    click.echo(f"Start the service with: betrace serve{role} --data {data}")
+
+
+def _read_cluster(settings: Settings) -> bytes | None:
+    """What the cluster has in common; None without a cluster."""
+    from betrace.service.storage.spanlog.log import LOCK_FILE
+
+    if settings.cluster is None:
+        return None
+    data = settings.storage.path
+    if not (data / LOCK_FILE).exists():
+        raise Failure(
+            f"{data} is not the data directory of a query node; edges and evaluators keep nothing "
+            "that must be backed up"
+        )
+    from betrace.service.storage.jetstream.configuration import CommonBuckets, read_configuration
+    from betrace.service.storage.jetstream.layout import Layout
+
+    layout = Layout.of(settings.cluster)
+    return with_client(
+        settings.cluster, lambda client: read_configuration(CommonBuckets.of(client, layout))
+    )
+
+
+def _write_cluster(settings: ClusterSettings, copy: bytes) -> RestoredConfiguration:
+    """Give a new cluster what the old one had in common."""
+    from betrace.service.storage.jetstream.configuration import (
+        CommonBuckets,
+        NoConfiguration,
+        write_configuration,
+    )
+    from betrace.service.storage.jetstream.layout import Layout
+    from betrace.service.storage.jetstream.setup import check
+
+    async def work(client: NatsClient) -> RestoredConfiguration:
+        await check(client, settings)
+        return await write_configuration(CommonBuckets.of(client, Layout.of(settings)), copy)
+
+    try:
+        return with_client(settings, work)
+    except NoConfiguration as error:
+        raise Failure(f"the rules in the backup cannot be used: {error}") from error
+
+
+def _cluster_lines(common: RestoredConfiguration | None) -> list[str]:
+    if common is None:
+        return []
+    if common.same_cluster:
+        return ["This is the cluster of the backup, so its rules stay as they are."]
+    lines = [f"The cluster has got {len(common.written)} keys of the old one, such as its rules."]
+    if common.kept:
+        lines.append(f"It keeps its own {', '.join(common.kept)}.")
+    return lines
 
 
 def _text(error: Exception) -> str:

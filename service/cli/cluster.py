@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,14 +18,12 @@ from betrace.service.cli.common import (
     print_lines,
     print_table,
     settings_options,
+    with_client,
 )
 from betrace.service.cli.doctor.finding import size
 
 if TYPE_CHECKING:
     from betrace.service.config.cluster import ClusterSettings
-    from betrace.service.storage.jetstream.client import NatsClient
-
-T = TypeVar("T")
 
 
 @click.group("cluster", context_settings=HELP)
@@ -38,6 +35,7 @@ def cluster() -> None:
       betrace cluster init --config config.toml
       betrace cluster status --config config.toml
       betrace cluster drain evaluator-2 --config config.toml
+      betrace cluster resize --partitions 32 --config config.toml
     """
 
 
@@ -49,7 +47,8 @@ def init(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
 
     May be repeated: existing streams are kept, and their replicas and sizes are adjusted to the
     configuration.
-    The number of partitions is fixed when the cluster is created.
+    The number of partitions counts when the cluster is created; later, `betrace cluster resize`
+    changes it.
 
     \b
     Example:
@@ -58,7 +57,7 @@ def init(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
     from betrace.service.storage.jetstream import setup
 
     settings = _settings(config, overrides)
-    done = _with_client(settings, lambda client: setup.set_up(client, settings))
+    done = with_client(settings, lambda client: setup.set_up(client, settings))
     if as_json:
         print_json({"done": done})
     else:
@@ -80,7 +79,7 @@ def status(config: Path | None, overrides: dict[str, Any], as_json: bool) -> Non
     from betrace.service.cli.cluster_state import survey_cluster
 
     settings = _settings(config, overrides)
-    state = _with_client(settings, lambda client: survey_cluster(client, settings))
+    state = with_client(settings, lambda client: survey_cluster(client, settings))
     if as_json:
         print_json(state.to_json(), indent=2)
         sys.exit(FOUND if state.problems else 0)
@@ -117,6 +116,9 @@ def status(config: Path | None, overrides: dict[str, Any], as_json: bool) -> Non
             for each in state.partitions
         ],
     )
+    if len(state.generations) > 1:
+        ranges = [f"{each.first} to {each.first + each.count - 1}" for each in state.generations]
+        print_lines(["", f"spans go to the partitions {ranges.pop()}; former: {', '.join(ranges)}"])
     print_lines(["", *(state.problems or ["all is well"])])
     sys.exit(FOUND if state.problems else 0)
 
@@ -150,17 +152,75 @@ def drain(
 
     settings = _settings(config, overrides)
     if undo:
-        _with_client(settings, lambda client: let_back(client, settings, node))
+        with_client(settings, lambda client: let_back(client, settings, node))
         print_lines([f"{node} may have partitions again"])
         return
 
     def report(number: int) -> None:
         print_lines([f"{node} has {number} partitions"])
 
-    left = _with_client(settings, lambda c: drain_node(c, settings, node, seconds, report))
+    left = with_client(settings, lambda c: drain_node(c, settings, node, seconds, report))
     if left:
         print_lines([f"{node} still has the partitions {', '.join(map(str, left))}"])
         sys.exit(FOUND)
+
+
+@cluster.command("resize")
+@click.option(
+    "--partitions",
+    type=click.IntRange(1, 1024),
+    required=True,
+    help="The new number: a multiple of the present one.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.option(
+    "--wait",
+    "seconds",
+    type=Duration(),
+    default="10m",
+    show_default=True,
+    help="How long to wait until the former partitions are finished.",
+)
+@settings_options()
+def resize(
+    partitions: int, yes: bool, seconds: int, config: Path | None, overrides: dict[str, Any]
+) -> None:
+    """Divide spans among more partitions, while the cluster works.
+
+    New streams are created, edges send spans there, and the owners of the former partitions
+    evaluate what these have and pass open traces on. Each partition pauses for a moment, about as
+    long as for a move. All nodes of the cluster must run a version that has this command. The
+    number can only be multiplied, and this cannot be undone.
+
+    The nodes carry the change out, so this command may be interrupted: repeat it to see the
+    progress. Exit code 1 if former partitions are not finished after --wait: they have no
+    evaluator.
+
+    \b
+    Example:
+      betrace cluster resize --partitions 32 --config config.toml
+    """
+    from betrace.service.cli.cluster_resize import resize_cluster
+    from betrace.service.storage.jetstream.resize import progress
+
+    settings = _settings(config, overrides)
+    generations, _ = with_client(settings, lambda client: progress(client, settings))
+    before = generations.current.count
+    if before != partitions and not yes:
+        click.confirm(
+            f"Change the cluster {settings.prefix} from {before} to {partitions} partitions? This "
+            "cannot be undone.",
+            abort=True,
+        )
+
+    def report(line: str) -> None:
+        print_lines([line])
+
+    left = with_client(settings, lambda c: resize_cluster(c, settings, partitions, seconds, report))
+    if left:
+        print_lines([f"former partitions that are not finished: {', '.join(map(str, left))}"])
+        sys.exit(FOUND)
+    print_lines([f"the cluster {settings.prefix} has {partitions} partitions"])
 
 
 def _settings(config: Path | None, overrides: dict[str, Any]) -> ClusterSettings:
@@ -173,18 +233,3 @@ def _settings(config: Path | None, overrides: dict[str, Any]) -> ClusterSettings
             "with --config, or set BETRACE_CLUSTER__SERVERS"
         )
     return settings
-
-
-def _with_client(settings: ClusterSettings, work: Callable[[NatsClient], Awaitable[T]]) -> T:
-    import trio
-
-    from betrace.service.storage.jetstream.client import NatsClient
-
-    async def main() -> T:
-        client = await NatsClient.connect(settings, "betrace cluster")
-        try:
-            return await work(client)
-        finally:
-            await client.close()
-
-    return trio.run(main)

@@ -47,7 +47,7 @@ async def drain_node(
     left: list[int] | None = None
     with trio.move_on_after(seconds):
         while left != []:
-            owners = owners_by_partition(await leases.owners(), settings.partitions)
+            owners = owners_by_partition(await leases.owners())
             now = [partition for partition, owner in owners.items() if owner == node]
             if left is None or len(now) != len(left):
                 report(len(now))

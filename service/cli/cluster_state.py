@@ -6,20 +6,20 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import orjson
 import trio
 
 from betrace.service.cluster import output
 from betrace.service.cluster.lease_keys import lease_key
+from betrace.service.cluster.membership import beat_key, drain_key, read_heartbeat
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream import survey
+from betrace.service.storage.jetstream import resize, survey
 from betrace.service.storage.jetstream.bucket import ConfigBucket, Entry
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import FencedLog
+from betrace.service.storage.jetstream.generations import Generations
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
-from betrace.service.storage.jetstream.setup import SetupError
 from betrace.service.storage.jetstream.survey import ServerState, StreamState
 
 _AT_ONCE = 8
@@ -52,6 +52,14 @@ class PartitionOverview:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationState:
+    """The partitions ``first`` to ``first + count - 1``."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
     """All of it. ``problems`` has a sentence for each thing that needs attention."""
 
@@ -59,6 +67,8 @@ class ClusterState:
     nodes: list[NodeState]
     partitions: list[PartitionOverview]
     problems: list[str]
+    generations: list[GenerationState]
+    """Oldest first; spans go to the last one."""
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -67,26 +77,39 @@ class ClusterState:
 
 async def survey_cluster(client: NatsClient, settings: ClusterSettings) -> ClusterState:
     """Look at everything; takes ``cluster.lease_seconds``, to see heartbeats move."""
-    layout = Layout.of(settings)
+    generations, unfinished = await resize.progress(client, settings)
+    layout = Layout.of(settings, generations)
     streams = {each.name: each for each in await survey.survey_streams(client, layout)}
-    if not any(each.exists for each in streams.values()):
-        raise SetupError([f"there is no cluster {layout.prefix}; run: betrace cluster init"])
+    active = [*unfinished, *generations.current.partitions]
     members = ConfigBucket(client, layout.members_bucket)
     before = await members.entries()
     start = trio.current_time()
     servers = await survey.survey_servers(settings)
     leases = ConfigBucket(client, layout.leases_bucket)
     owners = await Leases(leases, settings.lease_seconds).owners()
-    partitions = await _partitions(client, layout, streams, owners)
+    partitions = await _partitions(client, layout, active, streams, owners)
     await trio.sleep(max(0.0, start + settings.lease_seconds - trio.current_time()))
     nodes = _nodes(before, await members.entries())
     problems = [*_server_problems(servers), *_stream_problems(streams.values())]
     problems += _owner_problems(nodes, partitions)
-    return ClusterState(servers, nodes, partitions, problems)
+    if unfinished:
+        problems.append(
+            f"the change to {generations.current.count} partitions is under way: "
+            f"{len(unfinished)} former partitions are not finished"
+        )
+    return ClusterState(servers, nodes, partitions, problems, _listed(generations))
+
+
+def _listed(generations: Generations) -> list[GenerationState]:
+    return [GenerationState(each.first, each.count) for each in generations]
 
 
 async def _partitions(
-    client: NatsClient, layout: Layout, streams: dict[str, StreamState], owners: dict[str, str]
+    client: NatsClient,
+    layout: Layout,
+    active: list[int],
+    streams: dict[str, StreamState],
+    owners: dict[str, str],
 ) -> list[PartitionOverview]:
     found: dict[int, PartitionOverview] = {}
     limit = trio.CapacityLimiter(_AT_ONCE)
@@ -117,7 +140,7 @@ async def _partitions(
         )
 
     async with trio.open_nursery() as nursery:
-        for partition in range(layout.partitions):
+        for partition in active:
             nursery.start_soon(one, partition)
     return [found[partition] for partition in sorted(found)]
 
@@ -136,16 +159,15 @@ async def _applied(client: NatsClient, layout: Layout, partition: int) -> int | 
 
 def _nodes(before: list[Entry], after: list[Entry]) -> list[NodeState]:
     revisions = {entry.key: entry.revision for entry in before}
-    drains = {e.key.partition(".")[2] for e in after if e.key.startswith("drain.")}
+    present = {entry.key for entry in after}
     nodes = []
     for entry in after:
-        kind, _, name = entry.key.partition(".")
-        if kind != "beat" or entry.value is None:
+        if not entry.key.startswith(beat_key("")):
             continue
-        value = orjson.loads(entry.value)
+        member, _ = read_heartbeat(entry)
         moved = revisions.get(entry.key) != entry.revision
-        draining = bool(value.get("draining")) or name in drains
-        nodes.append(NodeState(name, tuple(value.get("roles", ())), moved, draining))
+        draining = member.draining or drain_key(member.name) in present
+        nodes.append(NodeState(member.name, member.roles, moved, draining))
     return sorted(nodes, key=lambda node: node.name)
 
 

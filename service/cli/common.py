@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from betrace.service.config.settings import Settings
+    from betrace.service.config.cluster import ClusterSettings
+    from betrace.service.storage.jetstream.client import NatsClient
+
+T = TypeVar("T")
 
 FOUND = 1
 COULD_NOT_RUN = 3
@@ -129,10 +132,20 @@ class Moment(click.ParamType[int]):
             )
 
 
-def refuse_on_cluster(settings: Settings, command: str, instead: str) -> None:
-    """Refuse a command that works with a local span log; ``instead`` says what to do."""
-    if settings.cluster is not None:
-        raise Failure(f"betrace {command} does not work with [cluster] yet; {instead}")
+def with_client(settings: ClusterSettings, work: Callable[[NatsClient], Awaitable[T]]) -> T:
+    """Connect to the NATS servers of a cluster and do some work, in a Trio run of its own."""
+    import trio
+
+    from betrace.service.storage.jetstream.client import NatsClient
+
+    async def main() -> T:
+        client = await NatsClient.connect(settings, "betrace command")
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return trio.run(main)
 
 
 # Options

@@ -21,10 +21,10 @@ from betrace.service.cli.common import (
     print_json,
     print_lines,
     printable,
-    refuse_on_cluster,
     settings_options,
     warn,
 )
+from betrace.service.cli.replay_copy import copied_log
 
 if TYPE_CHECKING:
     from betrace.service.config.settings import Settings
@@ -33,9 +33,13 @@ if TYPE_CHECKING:
     from betrace.service.signals import Signal
     from betrace.service.storage.duck.store import DuckStore
     from betrace.service.storage.ledger.base import Ledger
+    from betrace.service.storage.lockfile import LockFile
     from betrace.service.storage.spanlog.log import SpanLog
 
 _REPORT_SECONDS = 1.0
+_RUNS = (
+    "signals cannot be recorded while the service runs ({}); stop it, or only look with --dry-run"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,10 @@ def replay(
     partial, because a rule may seem broken when the span it needs is outside. Their signals are
     shown but never recorded.
 
+    On a cluster, the spans of the interval are first copied from the NATS servers to a temporary
+    directory (TMPDIR). Without --dry-run the signals are recorded in the data directory of a query
+    node, which must be stopped.
+
     \b
     Examples:
       betrace replay --since 7d --rules new.yaml --dry-run
@@ -134,9 +142,8 @@ def replay(
     from betrace.service.rules.patterns import set_match_bytes
 
     settings = load(config, overrides)
-    refuse_on_cluster(settings, "replay", "the spans are in JetStream, not in the data directory")
     set_match_bytes(settings.rules.match_max_bytes)
-    if not settings.storage.path.is_dir():
+    if not settings.storage.path.is_dir() and (settings.cluster is None or not dry_run):
         raise Failure(
             f"there is no data in {settings.storage.path}; name the data directory with --data"
         )
@@ -144,7 +151,13 @@ def replay(
     if since is not None and since >= (until or interval.now):
         raise click.UsageError("--from must be before --to, and before now")
     with ExitStack() as stack:
-        log = stack.enter_context(_open_log(settings, dry_run))
+        if settings.cluster is None:
+            log = stack.enter_context(_open_log(settings, dry_run))
+        else:
+            if not dry_run:
+                stack.enter_context(_owned(settings))
+            copied = copied_log(settings.cluster, interval.since, interval.until, tenant)
+            log = stack.enter_context(copied)
         tenants = _with_rules(_tenants(log, tenant), _rules(settings, rules_path))
         run = _Run(settings, log, interval, as_json)
         if not dry_run:
@@ -162,10 +175,18 @@ def _open_log(settings: Settings, dry_run: bool) -> SpanLog:
     try:
         return SpanLog(settings.storage.path, read_only=dry_run)
     except LockedError as error:
-        raise Failure(
-            f"signals cannot be recorded while the service runs ({error}); "
-            "stop it, or only look with --dry-run"
-        ) from None
+        raise Failure(_RUNS.format(error)) from None
+
+
+def _owned(settings: Settings) -> LockFile:
+    """The lock of a query node's data directory."""
+    from betrace.service.storage.lockfile import LockedError, LockFile
+    from betrace.service.storage.spanlog.log import LOCK_FILE
+
+    try:
+        return LockFile(settings.storage.path / LOCK_FILE)
+    except LockedError as error:
+        raise Failure(_RUNS.format(error)) from None
 
 
 def _tenants(log: SpanLog, wanted: str | None) -> list[str]:

@@ -28,8 +28,8 @@ from betrace.service.cli.common import (
     warn,
 )
 from betrace.service.cli.rule_library import library
-from betrace.service.rules.candidates import plan
 from betrace.service.rules.definition import SKIP, Problem, Rule, RuleFileError
+from betrace.service.rules.plans import plan
 from betrace.service.rules.units import unit_warnings
 from betrace.service.rules.yaml_file import load_file
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import orjson
 import trio
@@ -43,6 +44,16 @@ class Member:
     roles: tuple[str, ...]
     draining: bool = False
     """Whether it gives its partitions away: because it stops, or by `betrace cluster drain`."""
+    paused_at: int = 0
+    """Of an edge: the revision of the entry by which ingestion is paused, once everything that was
+    received before is stored."""
+
+
+def read_heartbeat(entry: Entry) -> tuple[Member, str]:
+    """The node of a heartbeat, and which start of its process wrote it."""
+    name, value = entry.key.removeprefix(_BEAT), orjson.loads(entry.value or b"{}")
+    member = Member(name, tuple(value["roles"]), bool(value["draining"]), value.get("pausedAt", 0))
+    return member, value["boot"]
 
 
 @dataclass(slots=True)
@@ -72,12 +83,15 @@ class Membership:
     lease_seconds: float
     heartbeat_seconds: float
     draining: bool = field(default=False, init=False)
+    paused_at: Callable[[], int] = field(init=False)
+    """Returns :attr:`Member.paused_at` of this node."""
     changed: trio.Event = field(default_factory=trio.Event, init=False)
     """Set, and replaced by a new one, when the members change."""
     ready: trio.Event = field(default_factory=trio.Event, init=False)
     """Set when the heartbeats of all are known, including this node's."""
 
     def __post_init__(self) -> None:
+        self.paused_at = lambda: 0
         self._boot = secrets.token_hex(8)
         self._beats: dict[str, _Heartbeat] = {}
         self._drains: set[str] = set()
@@ -102,7 +116,12 @@ class Membership:
         """Write this node's heartbeat now."""
         if self._left:
             return
-        value = {"roles": self.roles, "draining": self.draining, "boot": self._boot}
+        value = {
+            "roles": self.roles,
+            "draining": self.draining,
+            "boot": self._boot,
+            "pausedAt": self.paused_at(),
+        }
         try:
             with trio.move_on_after(self.lease_seconds):
                 await self.bucket.put(beat_key(self.name), orjson.dumps(value))
@@ -137,18 +156,17 @@ class Membership:
         self._update()
 
     def _note_beat(self, name: str, entry: Entry) -> None:
-        value = orjson.loads(entry.value or b"{}")
-        member = Member(name, tuple(value["roles"]), bool(value["draining"]))
+        member, boot = read_heartbeat(entry)
         known = self._beats.get(name)
         if known is None or known.revision < entry.revision:
-            self._beats[name] = _Heartbeat(member, entry.revision, value["boot"])
+            self._beats[name] = _Heartbeat(member, entry.revision, boot)
         if name != self.name:
             return
-        if value["boot"] == self._boot:
+        if boot == self._boot:
             self._count_age()
             self.ready.set()
-        elif self.ready.is_set() and self._impostor != value["boot"]:
-            self._impostor = value["boot"]
+        elif self.ready.is_set() and self._impostor != boot:
+            self._impostor = boot
             events.NODE_NAME_TAKEN(node=name)
 
     def _count_age(self) -> None:
@@ -162,7 +180,7 @@ class Membership:
 
     def _update(self) -> None:
         alive = {
-            name: Member(name, beat.member.roles, beat.member.draining or name in self._drains)
+            name: replace(beat.member, draining=beat.member.draining or name in self._drains)
             for name, beat in sorted(self._beats.items())
             if beat.age is None or beat.age <= self.lease_seconds
         }

@@ -62,6 +62,8 @@ class Counts:
     """Rules in markers that could not be compiled."""
     recalled: int = 0
     """Traces read back from the log because late spans arrived."""
+    deleted_spans: int = 0
+    """Spans that were not evaluated because their tenant was deleted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
-"""Answers requests on a NATS subject, for as long as a process of the cluster runs."""
+"""Messages of the cluster's processes to one another on NATS subjects, and answers to requests."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import trio
@@ -32,18 +33,31 @@ async def serve_requests(client: NatsClient, subject: str, queue: str, answer: A
     the requests; without one, each process gets all of them."""
     pool = ThreadPoolExecutor(1, subject)
 
+    async def reply(message: Msg) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(pool, answer, message.subject, message.data)
+            if found is not None:
+                await message.respond(found)
+        except Exception as error:  # the next request may work; nats-py would only log it
+            _log.warning("a request on %s was not answered: %s", message.subject, error)
+
+    try:
+        async with subscribed(client, subject, reply, queue):
+            await trio.sleep_forever()
+    finally:
+        pool.shutdown(wait=False)
+
+
+@asynccontextmanager
+async def subscribed(
+    client: NatsClient, subject: str, receive: Callable[[Msg], Awaitable[None]], queue: str = ""
+) -> AsyncIterator[None]:
+    """Call ``receive`` in the client's thread for each message on a subject. Waits until NATS is
+    available."""
+
     async def subscribe(nats: Nats) -> Subscription:
-        loop = asyncio.get_running_loop()
-
-        async def reply(message: Msg) -> None:
-            try:
-                found = await loop.run_in_executor(pool, answer, message.subject, message.data)
-                if found is not None:
-                    await message.respond(found)
-            except Exception as error:  # the next request may work; nats-py would only log it
-                _log.warning("a request on %s was not answered: %s", message.subject, error)
-
-        return await nats.nc.subscribe(subject, queue=queue, cb=reply)
+        return await nats.nc.subscribe(subject, queue=queue, cb=receive)
 
     while True:
         try:
@@ -51,16 +65,11 @@ async def serve_requests(client: NatsClient, subject: str, queue: str, answer: A
             break
         except NatsUnavailable:
             await trio.sleep(RETRY_SECONDS)
-
-    async def unsubscribe(nats: Nats) -> None:
-        await subscription.unsubscribe()
-
     try:
-        await trio.sleep_forever()  # nats-py subscribes again when it reconnects
+        yield  # nats-py subscribes again when it reconnects
     finally:
         with trio.move_on_after(1, shield=True):
             try:
-                await client.call(unsubscribe)
-            except NatsUnavailable as error:
+                await client.call(lambda nats: subscription.unsubscribe())
+            except Exception as error:  # the connection is gone
                 _log.debug("%s: %s", subject, error)
-        pool.shutdown(wait=False)

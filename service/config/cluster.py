@@ -24,7 +24,8 @@ class ClusterSettings(SettingsSection):
     node: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$", max_length=64)] = ""
     """This process's name, unique in the cluster; if empty, host name and process id."""
     partitions: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Number of partitions that spans are divided into. Fixed when the cluster is created."""
+    """Number of partitions that spans are divided into. It counts when the cluster is created;
+    later, `betrace cluster resize` changes it, and this setting is ignored."""
     replicas: Annotated[int, Field(ge=1, le=5)] = 3
     """Servers that keep each message. A message is acknowledged once most of them have it."""
     partition_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = 0

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING
 
 import trio
 
-from betrace.channels import ThreadRunner
+from betrace.channels import ThreadRunner, TransientError
 from betrace.service.config.settings import Settings
 from betrace.service.export.archiver import (
     Archiver,
     ArchiveResult,
-    Throttle,
     archive_directory,
     log_until,
     today,
@@ -21,8 +24,11 @@ from betrace.service.export.archiver import (
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.telemetry import events
+
+if TYPE_CHECKING:
+    from betrace.service.cluster.duty import Duty
+    from betrace.service.export.cluster_archiver import ClusterArchiver
 
 _log = logging.getLogger("service.archive")
 
@@ -32,17 +38,37 @@ _LONGEST_SLEEP = 600.0  # because the wall clock may be set
 _DAY_NS = 86_400 * 1_000_000_000
 
 
+@dataclass(frozen=True, slots=True)
+class ArchiveKeeping:
+    """How a query node of a cluster takes part: it archives while it has ``duty``, None if there is
+    no archive, and keeps traces that are not archived; ``archived_ns`` returns up to when they are,
+    and blocks."""
+
+    duty: Duty | None
+    archived_ns: Callable[[], int]
+
+
 class Daily:
     """Runs a minute after the start and then every day at ``archive.hour_utc``. A run that failed
-    is repeated after an hour."""
+    is repeated after an hour.
 
-    def __init__(self, settings: Settings, log: SpanLog, store: DuckStore) -> None:
+    ``make_archiver`` makes the archiver of a run. ``keeping`` is for a query node of a cluster.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: DuckStore,
+        make_archiver: Callable[[], Archiver | ClusterArchiver],
+        keeping: ArchiveKeeping | None = None,
+    ) -> None:
         self._settings = settings
-        self._log = log
         self._store = store
+        self._make_archiver = make_archiver
+        self._keeping = keeping
         self._directory = archive_directory(settings)
         self._threads = ThreadRunner("archive", 1)
-        self._archiver: Archiver | None = None
+        self._archiver: Archiver | ClusterArchiver | None = None
         self.spans = 0
         """Spans archived since the start."""
         self.files = 0
@@ -65,9 +91,19 @@ class Daily:
         """Run every day until cancelled; return at once if nothing is wanted."""
         if not self.wanted:
             return
+        if self._keeping is None:
+            await self._repeat(self.run)
+            return
+        async with trio.open_nursery() as nursery:
+            if self._settings.retention.trace_days:
+                nursery.start_soon(self._repeat, self.expire)
+            if self._keeping.duty is not None:
+                nursery.start_soon(self._keeping.duty.perform, partial(self._repeat, self.archive))
+
+    async def _repeat(self, run: Callable[[], Awaitable[bool]]) -> None:
         await trio.sleep(FIRST_AFTER_SECONDS)
         while True:
-            good = await self.run()
+            good = await run()
             await _wait_until(self._next() if good else time.time() + AGAIN_AFTER_SECONDS)
 
     def _next(self) -> float:
@@ -76,17 +112,26 @@ class Daily:
         return (at if at > now else at + timedelta(days=1)).timestamp()
 
     async def run(self) -> bool:
-        """Run now; return whether everything succeeded."""
-        settings = self._settings
-        archiver = self._archiver = Archiver(
-            self._log,
-            self._directory,
-            settings.storage.path / "checkpoints",
-            settings.ingest.max_body_bytes,
-            Throttle(),
-        )
+        """Archive, and delete what is past retention; return whether everything succeeded."""
+        return await self._work(self._archive, self._expire)
+
+    async def archive(self) -> bool:
+        """Archive now; return whether everything succeeded."""
+        return await self._work(self._archive)
+
+    async def expire(self) -> bool:
+        """Delete traces past retention; return whether everything succeeded."""
+        return await self._work(self._expire)
+
+    async def _work(self, *parts: Callable[[Archiver | ClusterArchiver], None]) -> bool:
+        archiver = self._archiver = self._make_archiver()
+
+        def work() -> None:
+            for part in parts:
+                part(archiver)
+
         try:
-            await self._threads.run(self._work, archiver, abandon_on_cancel=True)
+            await self._threads.run(work, abandon_on_cancel=True)
         except trio.Cancelled:
             archiver.stop()
             raise
@@ -95,7 +140,7 @@ class Daily:
         self._note(archiver.done)
         return not archiver.done.failures
 
-    def _work(self, archiver: Archiver) -> None:
+    def _archive(self, archiver: Archiver | ClusterArchiver) -> None:
         settings = self._settings
         if settings.archive.enabled:
             for _ in archiver.archive(today()):
@@ -103,14 +148,23 @@ class Daily:
         until = log_until(settings, today())
         if until is not None:
             archiver.release(until, archived=settings.archive.enabled)
-        days = settings.retention.trace_days
-        if days:
-            before = time.time_ns() - days * _DAY_NS
-            for tenant in self._store.tenants():
-                try:
-                    self.expired_traces += self._store.expire(tenant, before)
-                except (StoreError, PoolTimeout) as error:
-                    archiver.done.failures.append(f"traces of {tenant} cannot be deleted: {error}")
+
+    def _expire(self, archiver: Archiver | ClusterArchiver) -> None:
+        days = self._settings.retention.trace_days
+        if not days:
+            return
+        before = time.time_ns() - days * _DAY_NS
+        try:
+            if self._keeping is not None and self._keeping.duty is not None:
+                before = min(before, self._keeping.archived_ns())
+        except TransientError as error:
+            archiver.done.failures.append(f"the progress of the archive cannot be read: {error}")
+            return
+        for tenant in self._store.tenants():
+            try:
+                self.expired_traces += self._store.expire(tenant, before)
+            except (StoreError, PoolTimeout) as error:
+                archiver.done.failures.append(f"traces of {tenant} cannot be deleted: {error}")
 
     def _note(self, done: ArchiveResult) -> None:
         self.spans += done.spans

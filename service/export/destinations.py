@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,23 +15,28 @@ from betrace.service.config.settings import Settings
 from betrace.service.config.stages import EXPORT_OTLP, EXPORT_WEBHOOK
 from betrace.service.export.delivery import make_client, otlp_delivery, webhook_delivery
 from betrace.service.export.exporter import Exporter
+from betrace.service.export.turns import Alone, Turns
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.signals import Signal
-from betrace.service.storage.ledger.base import LedgerEntries
+from betrace.service.storage.signal_queues import SignalQueues
 
 
 class Exports:
     """All exporters. Call the methods on the Trio thread. Webhooks do not get signals raised
-    while their rule is ``muted``."""
+    while their rule is ``muted``. Without ``turns`` this process sends everything."""
 
     def __init__(
         self,
         settings: Settings,
-        entries: LedgerEntries,
+        queues: SignalQueues,
         breakers: Breakers,
         muted: Callable[[Signal], bool],
+        turns: Turns | None = None,
     ) -> None:
         self._threads = ThreadRunner("export", 1)
+        self._queues = queues
+        directory = Path(settings.storage.path) / "export"
+        self._turns = turns if turns is not None else Alone(directory, self._threads)
         wanted = settings.export
         self._client = make_client(settings.breakers.export.timeout_seconds)
         deliveries = {
@@ -54,8 +60,8 @@ class Exports:
             Exporter(
                 name,
                 deliveries[name],
-                entries,
-                Path(settings.storage.path) / "export" / f"{name}.json",
+                queues,
+                self._turns.progress(name),
                 breakers.exports[name],
                 self._threads,
             )
@@ -68,15 +74,16 @@ class Exports:
     def notify(self, signals: list[Signal]) -> None:
         """Note that these signals are in the ledger."""
         if self._exporters:
-            tenants = {signal.tenant for signal in signals}
+            queues = self._queues.of(signals)
             for exporter in self._exporters:
-                exporter.notify(tenants)
+                exporter.notify(queues)
 
     async def run(self) -> None:
         """Send until cancelled."""
         async with self._client, trio.open_nursery() as nursery:
             for exporter in self._exporters:
-                nursery.start_soon(exporter.run)
+                work = partial(self._turns.perform, exporter.name, exporter.run)
+                nursery.start_soon(work)
 
     def close(self) -> None:
         """End the thread."""

@@ -1,35 +1,35 @@
 """Sends signals to a destination, each at least once, however long that takes.
 
-The ledger is the queue: it is durable, ordered and complete. An exporter stores only its progress:
-the last exported ledger entry of each tenant, written to a file after the destination accepted the
-signals. So export never blocks the pipeline, drops nothing while the destination is down, and
-continues after a restart; signals in transit at that moment are sent twice. A new destination
-starts with signals recorded from then on.
+The ledger is the queue, or in a cluster the ``OUT`` streams: it is durable, ordered and complete.
+An exporter stores only its progress, the last exported entry of each queue, after the destination
+accepted the signals. So export never blocks the pipeline, drops nothing while the destination is
+down, and continues after a restart; signals in transit at that moment are sent twice. A new
+destination starts with signals recorded from then on.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import trio
 
 from betrace.channels import Breaker, BreakerOpen, BreakerTimeout, ThreadRunner, TransientError
-from betrace.service.durable import write_atomically
+from betrace.service.export.turns import Progress
 from betrace.service.pipeline.breakers import PoisonError
 from betrace.service.signals import Signal
-from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
+from betrace.service.storage.ledger.base import LedgerError
+from betrace.service.storage.signal_queues import SignalQueues
 from betrace.service.telemetry import events
 
 _log = logging.getLogger("service.export")
 
 BATCH_SIGNALS = 500
 POLL_SECONDS = 30.0  # for signals without a notification, such as those written back late
+SAVE_SECONDS = 5.0  # that noting the progress may take after a cancellation
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 
@@ -49,31 +49,31 @@ class Unacceptable(PoisonError):  # noqa: N818
 
 
 class Exporter:
-    """Sends the ledger's signals to one destination, except those of shadow rules. Call its methods
-    on the Trio thread.
+    """Sends the signals of all queues to one destination, except those of shadow rules. Call its
+    methods on the Trio thread. :meth:`run` may be cancelled and called again.
 
     Args:
       name: of the destination.
       deliver: sends signals; raises :exc:`Unavailable` or :exc:`Unacceptable`.
-      entries: the ledger.
-      path: the progress file.
+      queues: where the signals are.
+      progress: how far the destination is.
       breaker: refuses calls while the destination fails, and limits their duration.
-      threads: read the ledger and the file.
+      threads: read the queues.
     """
 
     def __init__(
         self,
         name: str,
         deliver: Deliver,
-        entries: LedgerEntries,
-        path: Path,
+        queues: SignalQueues,
+        progress: Progress,
         breaker: Breaker,
         threads: ThreadRunner,
     ) -> None:
         self.name = name
         self._deliver = deliver
-        self._entries = entries
-        self._path = path
+        self._queues = queues
+        self._progress = progress
         self.breaker = breaker
         self._threads = threads
         self._done: dict[str, int] = {}
@@ -89,35 +89,40 @@ class Exporter:
         self.waiting_since: float | None = None
         """Detection time of the oldest signal being sent, seconds since 1970."""
 
-    def notify(self, tenants: set[str]) -> None:
-        """Note that these tenants have new signals."""
-        self._new |= tenants
+    def notify(self, queues: set[str]) -> None:
+        """Note that these queues have new signals."""
+        self._new |= queues
         self._wake.set()
 
     async def run(self) -> None:
         """Send until cancelled."""
+        self.waiting_since = None
         await self._start()
         while True:
             with trio.move_on_after(POLL_SECONDS) as poll:
                 await self._wake.wait()
             self._wake = trio.Event()
-            tenants, self._new = self._new, set()
+            queues, self._new = self._new, set()
             try:
                 if poll.cancelled_caught:
-                    tenants |= set(await self._threads.run(self._entries.tenants))
-                await self._catch_up(sorted(tenants))
-            except (LedgerError, OSError) as error:
-                self._new |= tenants
+                    queues |= set(await self._threads.run(self._queues.names))
+                await self._catch_up(sorted(queues))
+            except (LedgerError, TransientError, OSError) as error:
+                self._new |= queues
                 _log.warning("cannot read signals for %s; trying again: %s", self.name, error)
 
     async def _start(self) -> None:
-        """Read the progress file; for a new destination, start at the end of the ledger."""
+        """Read the progress; a new destination starts at the end of the queues."""
         pause = FIRST_PAUSE
         while True:
             try:
-                self._done = await self._threads.run(self._load)
-                self._new |= set(await self._threads.run(self._entries.tenants))
-            except (LedgerError, OSError) as error:
+                done = await self._progress.load()
+                if done is None:
+                    done = await self._threads.run(self._ends)
+                    await self._progress.save(done)
+                self._done = done
+                self._new |= set(await self._threads.run(self._queues.names))
+            except (LedgerError, TransientError, OSError) as error:
                 _log.warning("cannot start the export to %s; trying again: %s", self.name, error)
                 await trio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -125,51 +130,44 @@ class Exporter:
                 self._wake.set()
                 return
 
-    def _load(self) -> dict[str, int]:
-        try:
-            return {str(k): int(v) for k, v in json.loads(self._path.read_text()).items()}
-        except FileNotFoundError:
-            pass
-        except (ValueError, AttributeError, TypeError) as error:
-            _log.error("%s is damaged (%s); the export starts with new signals", self._path, error)
-        done = {each: self._entries.last_entry(each) for each in self._entries.tenants()}
-        self._save(done)
-        return done
+    def _ends(self) -> dict[str, int]:
+        return {name: self._queues.end(name) for name in self._queues.names()}
 
-    def _save(self, done: dict[str, int]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, json.dumps(done).encode())
-
-    async def _catch_up(self, tenants: list[str]) -> None:
-        """Send everything that these tenants have, one page at a time each."""
-        while tenants:
-            signals, upto, tenants = await self._threads.run(self._page, tenants)
-            if not signals:
+    async def _catch_up(self, queues: list[str]) -> None:
+        """Send everything that these queues have, one page at a time each."""
+        while queues:
+            signals, upto, queues = await self._threads.run(self._page, queues)
+            if not upto:
                 return
             heard = [signal for signal in signals if not signal.shadow]
             if heard:
                 self.waiting_since = min(signal.detected_at for signal in heard) / 1e9
-                await self._send(heard)
+            for first in range(0, len(heard), BATCH_SIGNALS):
+                await self._send(heard[first : first + BATCH_SIGNALS])
             self._done |= upto
-            await self._threads.run(self._save, dict(self._done))
+            with trio.move_on_after(SAVE_SECONDS, shield=True):  # a repetition costs more
+                await self._progress.save(dict(self._done))
             self.waiting_since = None
 
-    def _page(self, tenants: list[str]) -> tuple[list[Signal], dict[str, int], list[str]]:
-        """Read a page of signals. Return them, the new progress by tenant, and the tenants that may
+    def _page(self, queues: list[str]) -> tuple[list[Signal], dict[str, int], list[str]]:
+        """Read a page of signals. Return them, the new progress by queue, and the queues that may
         have more; those with a full page come last."""
         signals: list[Signal] = []
         upto: dict[str, int] = {}
-        share = max(BATCH_SIGNALS // len(tenants), 1)
+        share = max(BATCH_SIGNALS // len(queues), 1)
         later: list[str] = []
-        for number, tenant in enumerate(tenants):
+        for number, name in enumerate(queues):
             if len(signals) >= BATCH_SIGNALS:
-                return signals, upto, tenants[number:] + later
-            page = self._entries.entries(tenant, self._done.get(tenant, 0), share)
-            if page:
-                upto[tenant] = page[-1][0]
-                signals += [signal for _, signal in page]
-            if len(page) == share:
-                later.append(tenant)
+                return signals, upto, queues[number:] + later
+            if not self._queues.may_read(name, self._done):
+                later.append(name)
+                continue
+            page = self._queues.read(name, self._done.get(name, 0), share)
+            if page.upto > self._done.get(name, 0):
+                upto[name] = page.upto
+                signals += [signal for _, signal in page.signals]
+            if page.more:
+                later.append(name)
         return signals, upto, later
 
     async def _send(self, signals: list[Signal]) -> None:

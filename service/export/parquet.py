@@ -93,8 +93,10 @@ def archive_segment(
     segment: Segment,
     max_body_bytes: int,
     pause: Callable[[], None] = lambda: None,
+    file: Path | None = None,
 ) -> Archived:
-    """Write a segment's spans; ``pause`` is called after each batch.
+    """Write a segment's spans to ``file``, by default its :func:`parquet_path`; ``pause`` is called
+    after each batch.
 
     The spans decoded from each frame must be as many as were accepted, and the file's rows as many
     as their sum.
@@ -102,7 +104,7 @@ def archive_segment(
     Raises:
       ArchiveError: the numbers differ, or the disk failed; the archive is unchanged.
     """
-    path = parquet_path(directory, tenant, segment)
+    path = file or parquet_path(directory, tenant, segment)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

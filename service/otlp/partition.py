@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from betrace.service.jit import general_kernel
+from betrace.service.otlp.columns import Rows
 from betrace.service.otlp.primitives import int64
 
 _FIRST = -0x00AE502812AA7333  # 0xff51afd7ed558ccd as int64
@@ -47,6 +48,20 @@ def partition(seed: int, trace_hi: int, trace_lo: int, partitions: int) -> int:
     """The partition of a trace, given :func:`tenant_seed` and the halves of its id as int64."""
     mixed = _mix(_mix(int64(seed) ^ int64(trace_hi)) ^ int64(trace_lo))
     found: int = (mixed & int64(_LOWER_63)) % int64(partitions)
+    return found
+
+
+@general_kernel
+def _number_all(seed: int, ids: Rows, partitions: int, found: Rows) -> None:
+    for row in range(ids.shape[0]):
+        found[row] = partition(seed, ids[row, 0], ids[row, 1], partitions)
+
+
+def partition_numbers(tenant: str, ids: Rows, partitions: int) -> Rows:
+    """The partitions of traces, rows (hi, lo)."""
+    found = np.empty(len(ids), np.int64)
+    with np.errstate(over="ignore"):
+        _number_all(tenant_seed(tenant), ids, partitions, found)
     return found
 
 

@@ -9,6 +9,7 @@ parts: a part is what all of them have for one partition, in their order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -66,10 +67,12 @@ class BodyPart:
     bodies: list[int]
 
 
-def split(batch: SpanBatch, partitions: int, most_bytes: int) -> tuple[list[BodyPart], set[int]]:
+def split(
+    batch: SpanBatch, partitions: int, most_bytes: int, first: int = 0
+) -> tuple[list[BodyPart], set[int]]:
     """Split the spans of a batch into parts of at most ``most_bytes`` each, and of 1 MiB if they
-    have several spans. Returns with them the rows of bodies that are in no part because one of
-    their spans cannot fit in any.
+    have several spans, for the partitions from ``first`` on. Returns with them the rows of bodies
+    that are in no part because one of their spans cannot fit in any.
 
     Raises:
       TooMuchCopied: the parts together would have more than 64 MiB.
@@ -112,7 +115,10 @@ def split(batch: SpanBatch, partitions: int, most_bytes: int) -> tuple[list[Body
     written = memoryview(out.data)
     parts = [
         BodyPart(
-            row[PARTITION], written[row[OFFSET] : row[OFFSET] + row[LENGTH]], row[SPANS], bodies
+            first + row[PARTITION],
+            written[row[OFFSET] : row[OFFSET] + row[LENGTH]],
+            row[SPANS],
+            bodies,
         )
         for row, bodies in zip(rows.tolist(), _numbers(touched), strict=True)
     ]
@@ -123,7 +129,10 @@ def _numbers(touched: Bytes) -> list[list[int]]:
     """The columns that are not 0, for each row."""
     if touched.shape[1] == 1:
         return [[0]] * len(touched)
-    return [np.flatnonzero(row).tolist() for row in touched]
+    rows, columns = np.nonzero(touched)
+    ends = np.cumsum(np.bincount(rows, minlength=len(touched))).tolist()
+    numbers = columns.tolist()
+    return [numbers[start:end] for start, end in pairwise([0, *ends])]
 
 
 @lean_kernel

@@ -111,9 +111,10 @@ def _missing(decided: Decided, numbers: list[int], read_back: ReadBack) -> dict[
     closed = decided.closed
     assert closed is not None
     return {
-        closed.trace_id(k): tree.missing_parents
-        for k, tree in read_back.traces(closed, numbers)
-        if not isinstance(tree, str) and tree.missing_parents
+        closed.trace_id(k): whole.missing_parents
+        for round_ in read_back.traces(closed, numbers)
+        for k, whole in round_
+        if not isinstance(whole, str) and whole.missing_parents
     }
 
 

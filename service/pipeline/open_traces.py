@@ -14,11 +14,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from betrace.channels import TransientError
-from betrace.service.otlp.columns import SpanBatch
+from betrace.service.otlp.columns import Rows, SpanBatch
 from betrace.service.pipeline.progress import InFlight, LogProgress
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.signals import Signal
@@ -154,6 +156,21 @@ class OpenTraces:
         self._ledger_history.forget(tenant)
         self._partial_folds.forget(tenant)
         self._owing.pop(tenant, None)
+
+    def keep(self, wanted: Callable[[str, Rows], npt.NDArray[np.bool_]]) -> None:
+        """Drop all traces but those that are wanted: ``wanted`` returns for rows (hi, lo) of a
+        tenant which of them are."""
+        for tenant in list(self.tenants):
+            traces = self.tenants[tenant]
+            for table in traces.tables:
+                table.keep(partial(wanted, tenant))
+            traces.drop_empty()
+
+        def is_wanted(tenant: str, trace_id: str) -> bool:
+            ids = np.frombuffer(bytes.fromhex(trace_id), ">i8").astype(np.int64).reshape(1, 2)
+            return bool(wanted(tenant, ids)[0])
+
+        self._ledger_history.keep(is_wanted)
 
     def forget_history(self) -> None:
         """Forget the signals from before the restart of traces that are not in memory. Call this

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from cachetools import LRUCache
 
-from betrace.service.otlp.columns import Rows
+from betrace.service.otlp.columns import Rows, SpanBatch
 from betrace.service.otlp.subset import spans_of, wanted_traces
 from betrace.service.otlp.wire import scan_bodies
-from betrace.service.rules.trace_tree import TraceSpan, TraceTree
+from betrace.service.rules.columns import TraceId
+from betrace.service.rules.read_columns import columns_of
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.duck.store import DuckStore
@@ -33,14 +34,14 @@ from betrace.service.traces.layout import (
     SPILLED,
 )
 from betrace.service.traces.signal_history import SignalHistory, rule_signals
-from betrace.service.traces.trace_spans import TraceId, trace_spans
+from betrace.service.traces.whole_trace import WholeTrace
 
 _log = logging.getLogger("service.read_back")
 
 SPANS_MAX = 50_000
 ROUND_SPANS = 20_000  # of candidates that are in memory at the same time, and at least one trace
 ROUND_TRACES = 2000
-CHUNK_FRAMES = 32  # decoded at the same time
+CHUNK_FRAMES = 4
 SPILLS_REMEMBERED = 100_000  # traces
 
 
@@ -103,7 +104,7 @@ class ReadBack:
 
     def traces(
         self, due: DueTraces, numbers: Sequence[int]
-    ) -> Iterator[tuple[int, TraceTree | str]]:
+    ) -> Iterator[list[tuple[int, WholeTrace | str]]]:
         """The traces with these numbers, in rounds that bound memory; in place of one that cannot
         be read whole, the reason."""
         round_: list[int] = []
@@ -111,30 +112,33 @@ class ReadBack:
         for k in numbers:
             size = int(due.rows[k, SPANS])
             if size > self._max_spans:
-                yield k, f"the trace has {size} spans; at most {self._max_spans} are read back"
+                reason = f"the trace has {size} spans; at most {self._max_spans} are read back"
+                yield [(k, reason)]
                 continue
             if round_ and (spans + size > ROUND_SPANS or len(round_) >= ROUND_TRACES):
-                yield from self._round(due, round_)
+                yield self._round(due, round_)
                 round_, spans = [], 0
             round_.append(k)
             spans += size
         if round_:
-            yield from self._round(due, round_)
+            yield self._round(due, round_)
 
-    def _round(self, due: DueTraces, numbers: list[int]) -> Iterator[tuple[int, TraceTree | str]]:
-        wanted: dict[TraceId, int] = {}
+    def _round(self, due: DueTraces, numbers: list[int]) -> list[tuple[int, WholeTrace | str]]:
         positions: set[int] = set()
         for k in numbers:
-            wanted[int(due.rows[k, HI]), int(due.rows[k, LO])] = k
             positions |= self._positions(due, k)
-        found = self._spans(due.tenant, sorted(positions), wanted)
+        wanted = [(hi, lo) for hi, lo in due.rows[numbers][:, [HI, LO]].tolist()]
+        columns = columns_of(self._spans(due.tenant, sorted(positions), wanted), wanted)
         self.read += len(numbers)
-        for trace, k in wanted.items():
-            spans = found.pop(trace, [])
-            if due.rows[k, FLAGS] & PARTIAL or _counted(spans) < due.rows[k, SPANS]:
-                yield k, "some of its spans can no longer be read"
+        found: list[tuple[int, WholeTrace | str]] = []
+        for number, k in enumerate(numbers):
+            spans = int(due.rows[k, SPANS])
+            missing = columns.size(number) < spans and _counted(columns.ids(number)) < spans
+            if due.rows[k, FLAGS] & PARTIAL or missing:
+                found.append((k, "some of its spans can no longer be read"))
             else:
-                yield k, TraceTree(spans)
+                found.append((k, WholeTrace(columns, number)))
+        return found
 
     def _positions(self, due: DueTraces, k: int) -> set[int]:
         row = due.rows[k]
@@ -150,32 +154,28 @@ class ReadBack:
                     _log.warning("the frames of %s cannot be found: %s", due.trace_id(k), error)
         return positions
 
-    def _spans(
-        self, tenant: str, positions: list[int], wanted: Collection[TraceId]
-    ) -> dict[TraceId, list[TraceSpan]]:
-        found: dict[TraceId, list[TraceSpan]] = {}
+    def _spans(self, tenant: str, positions: list[int], wanted: Sequence[TraceId]) -> SpanBatch:
+        """The spans of the wanted traces, and perhaps of a few others, in order of arrival."""
         chosen = wanted_traces(lo for _, lo in wanted)
+        parts: list[bytes] = []
         for at in range(0, len(positions), CHUNK_FRAMES):
             chunk = positions[at : at + CHUNK_FRAMES]
             frames = [
                 frame for frame in self._log.read_many(tenant, chunk) if isinstance(frame, Frame)
             ]
             bodies = frame_bodies(tenant, frames, self._max_body)
-            parts = [spans_of(body, chosen) for body in bodies]
-            batch = scan_bodies(tenant, parts)
-            for trace, span in trace_spans(batch, wanted):
-                found.setdefault(trace, []).append(span)
-        return found
+            parts += [spans_of(body, chosen) for body in bodies]
+        return scan_bodies(tenant, parts)
 
 
-def _counted(spans: Sequence[TraceSpan]) -> int:
-    """How many of the spans, in order of arrival, the fold counts: a copy counts again if so many
-    others came in between that the fold does not know it any more."""
-    latest: dict[str, int] = {}
+def _counted(ids: Sequence[int]) -> int:
+    """How many of the spans with these ids, in order of arrival, the fold counts: a copy counts
+    again if so many others came in between that the fold does not know it any more."""
+    latest: dict[int, int] = {}
     counted = 0
-    for span in spans:
-        last = latest.get(span.id)
+    for span_id in ids:
+        last = latest.get(span_id)
         if last is None or counted - last > LARGE_RING:
             counted += 1
-            latest[span.id] = counted
+            latest[span_id] = counted
     return counted

@@ -25,13 +25,15 @@ from betrace.service import jit
 from betrace.service.otlp import json, wire
 from betrace.service.otlp.columns import TRACE_HI, TRACE_LO
 from betrace.service.otlp.subset import spans_of, wanted_traces
+from betrace.service.rules.column_rules import ColumnRule
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import make_rule
+from betrace.service.rules.parse import parse
+from betrace.service.rules.read_columns import columns_of
 from betrace.service.rules.syntax import Attribute, Scope
 from betrace.service.traces.decide import decide
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.tenant_traces import TenantTraces
-from betrace.service.traces.trace_spans import trace_spans
 
 _log = logging.getLogger("service.warmup")
 
@@ -40,6 +42,11 @@ _COMPLETE = "complete"  # the file that says that the cache has every kernel
 _RULES = (
     "when { warm.up.where(a == 1 and b contains x) } always { up.* }",
     "count(warm.up) > 1 or warm.up before x",
+)
+_RELATIONAL = (
+    "never { warm.up.where(a == 1 and exists(a) and event()) }",
+    "never { *.where(ancestor(*) and descendant(*)) }",
+    "never { *.where(followed_by(*) and preceded_by(*)) }",
 )
 
 
@@ -69,9 +76,12 @@ def _warm_up_traces() -> None:
     for _, folded in traces.fold(batch, 1):
         if folded.early is not None:
             decide(folded.early)
-    ids = {(int(row[TRACE_HI]), int(row[TRACE_LO])) for row in batch.spans}
+    ids = [(int(batch.spans[0, TRACE_HI]), int(batch.spans[0, TRACE_LO]))]
     part = wire.scan_bodies("warm-up", [spans_of(_sample(), wanted_traces(lo for _, lo in ids))])
-    for _, span in trace_spans(part, ids):
+    whole = columns_of(part, ids)
+    for rule in _RELATIONAL:
+        ColumnRule(parse(rule)).run(whole)
+    for span in whole.tree(0).spans:
         span.read(Attribute(Scope.ANY, "a"))
     for due in traces.close_due(10, 1, 1):
         decide(due)

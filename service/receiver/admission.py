@@ -110,9 +110,10 @@ class Admission:
         return "open" if self.refusals.closed is None else self.refusals.closed[0]
 
     def pause(self) -> None:
-        """Refuse new requests until :meth:`resume`."""
-        message = "ingestion is paused by an operator; send the spans again later"
-        self.refusals.closed = ("paused", message)
+        """Refuse new requests until :meth:`resume`. Does nothing while draining."""
+        if self.state != "draining":
+            message = "ingestion is paused by an operator; send the spans again later"
+            self.refusals.closed = ("paused", message)
 
     def resume(self) -> None:
         """Accept requests again after :meth:`pause`. Does nothing while draining."""
@@ -132,6 +133,11 @@ class Admission:
     def drain(self) -> None:
         """Refuse new requests for good, because the service stops."""
         self.refusals.closed = ("draining", "the service is shutting down; send the spans again")
+
+    @property
+    def unanswered(self) -> int:
+        """Requests that are admitted and not answered."""
+        return self._bodies.requests
 
     async def settled(self) -> None:
         """Return when every admitted request is answered, or its client is gone."""

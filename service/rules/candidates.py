@@ -14,10 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from betrace.service.rules.early import early
 from betrace.service.rules.exact import number
-from betrace.service.rules.format import format_condition
-from betrace.service.rules.least import least
 from betrace.service.rules.logic import MIRRORED, conjunction, disjunction, negation
 from betrace.service.rules.syntax import (
     FIELDS,
@@ -49,8 +46,6 @@ from betrace.service.rules.syntax import (
 )
 from betrace.service.rules.values import exact_text
 
-COST = "about 10 µs a span"  # measured by perf.relations
-
 Bound = Node | bool
 """A condition, or its constant value."""
 
@@ -75,33 +70,22 @@ def candidate(rule: RuleSyntax) -> Bound:
 
 def _cheaper(bound: Bound) -> Bound:
     """Without what is asked of all spans, if there are conditions for spans with a name as well:
-    fewer traces are candidates with it, but every span would be compared."""
+    fewer traces are candidates with it, but every span would be compared. And without spans that
+    must exist, if some of them must satisfy something."""
     if not isinstance(bound, And):
         return bound
     named = [item for item in bound.items if all(each.name != "*" for each in span_sets(item))]
-    return all_of(named) if named else bound
-
-
-def decided_by(rule: RuleSyntax) -> str:
-    """``fold``: by counts, while the spans arrive; ``read back``: by the whole trace."""
-    return "read back" if rule.relational else "fold"
-
-
-def plan(rule: RuleSyntax) -> str:
-    """How a rule is decided and what that costs, in a sentence for people."""
-    if not rule.relational:
-        return "decided from counts while the spans arrive"
-    when = "when it closes" if early(rule) is None else "while it is open and when it closes"
-    bound = candidate(rule)
-    if bound is False:
-        return "never broken"
-    spans, duration = least(rule)
-    needs = [format_condition(bound)] if not isinstance(bound, bool) else []
-    needs += [f"at least {spans} spans"] if spans > 2 else []
-    needs += [f"a duration of at least {duration} ns"] if duration else []
-    if not needs:
-        return f"reads every trace back from the span log {when} ({COST})"
-    return f"reads a trace back from the span log {when} ({COST}), if it has: {', '.join(needs)}"
+    several = {
+        item.left.name
+        for item in named
+        if isinstance(item, CountCompare) and isinstance(item.left, SpanSet) and item.op == ">="
+    }
+    needed = [
+        item
+        for item in named
+        if not (isinstance(item, Exists) and not item.spans.where and item.spans.name in several)
+    ]
+    return all_of(needed) if needed else bound
 
 
 class _Bounds:
@@ -220,7 +204,7 @@ class _Bounds:
                 return disjunction(self._predicate(item, above) for item in items)
             case Not(item):
                 return negation(self._predicate(item, not above))
-            case Given(Ref("", attribute), True) if _folded(attribute):
+            case Given(Ref("", attribute), True) if is_folded(attribute):
                 return Truthy(attribute)
             case Comparison(Ref("", attribute), op, right):
                 return _own(attribute, op, right, above)
@@ -228,22 +212,23 @@ class _Bounds:
                 return above
 
 
-def _folded(attribute: Attribute) -> bool:
+def is_folded(attribute: Attribute) -> bool:
     """Whether the fold knows an attribute or field."""
     return attribute.scope is not Scope.FIELD or attribute.name in FIELDS
 
 
 def _own(attribute: Attribute, op: str, right: tuple[Expression, ...], above: bool) -> Bound:
     """A comparison of an own attribute with literals, if the fold can make it."""
-    if not _folded(attribute) or op == "matches":
+    if not is_folded(attribute) or op == "matches":
         return above
-    literals = tuple(map(_literal, right))
+    literals = tuple(map(literal, right))
     if any(each is None for each in literals):
         return above
     return Compare(attribute, op, tuple(each for each in literals if each is not None))
 
 
-def _literal(node: Expression) -> Literal | None:
+def literal(node: Expression) -> Literal | None:
+    """The constant of a relational rule as the fold's rules have it; None for anything else."""
     if not isinstance(node, Constant):
         return None
     if isinstance(node.value, str):

@@ -23,7 +23,7 @@ from betrace.service.rules.candidates import Bound, candidate
 from betrace.service.rules.definition import SKIP, Rule, make_rule
 from betrace.service.rules.early import early
 from betrace.service.rules.format import format_check
-from betrace.service.rules.least import Least, least
+from betrace.service.rules.least import Alternatives, Least, least
 from betrace.service.rules.names import NameTable
 from betrace.service.rules.patterns import PatternSearch, has_pattern
 from betrace.service.rules.program import ProgramBuilder
@@ -100,9 +100,8 @@ class CompiledRules:
     watched: Rows
     """1 for each check that may show that such a rule is broken: then the trace is read again
     whenever spans arrive."""
-    least: Rows
-    """Of each rule, the least number of spans and the least duration (nanoseconds) of its
-    candidates."""
+    least: tuple[Alternatives, ...]
+    """Of each rule, how many spans and what duration its candidates have at least."""
     patterns: PatternSearch
     identities: frozenset[tuple[str, str]]
     """The rules' ids and versions."""
@@ -211,7 +210,7 @@ def compile_rules(rules: Sequence[Rule], version: str = "") -> CompiledRules:
         early_rules=early_rules,
         unknown_of=unknown_of,
         watched=watched,
-        least=np.array([_least(rule) for rule in enabled], np.int64).reshape(-1, 2),
+        least=tuple(_least(rule) for rule in enabled),
         patterns=PatternSearch(spans.where for spans in checks),
         identities=frozenset((rule.id, rule.version) for rule in enabled),
         folded=frozenset(
@@ -229,8 +228,8 @@ def compile_definitions(definitions: bytes, version: str) -> CompiledRules:
     return compile_rules([make_rule(each) for each in orjson.loads(definitions)], version)
 
 
-def _least(rule: Rule) -> Least:
-    return least(rule.syntax) if rule.syntax.relational else Least()
+def _least(rule: Rule) -> Alternatives:
+    return least(rule.syntax) if rule.syntax.relational else (Least(),)
 
 
 def _end_to_end(lists: Sequence[Sequence[int]]) -> tuple[Rows, Rows]:

@@ -175,18 +175,7 @@ class Evaluation:
             return len(spans)
         assert node.ref is not None
         values = [self.value(node.ref, span, None) for span in spans]
-        if node.kind == "distinct":
-            return len({key for value in values if (key := exact.key(value)) is not None})
-        numbers = [number for value in values if (number := exact.number(value)) is not None]
-        match node.kind:
-            case "sum":
-                return sum(numbers)
-            case "avg":
-                return exact.calculate(sum(numbers), "/", len(numbers))
-            case "min":
-                return min(numbers, default=None)
-            case _:
-                return max(numbers, default=None)
+        return exact.aggregate(node.kind, values)
 
     def _ref(self, ref: Ref, span: TraceSpan | None, part: SpanPart | None) -> Value:
         scope, attribute = ref.scope, ref.attribute

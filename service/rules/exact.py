@@ -6,7 +6,7 @@ infinite, or an array, map or bytes. A double is the shortest decimal that reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from betrace.service.rules.logic import OPERATORS
@@ -149,3 +149,19 @@ def calculate(left: Value, op: str, right: Value) -> Number | None:
             return one * other
         case _:
             return None if other == 0 else Fraction(one) / other
+
+
+def aggregate(kind: str, values: Iterable[Value]) -> Value:
+    """``sum``, ``avg``, ``min``, ``max`` or ``distinct`` of values."""
+    if kind == "distinct":
+        return len({text for value in values if (text := key(value)) is not None})
+    numbers = [found for value in values if (found := number(value)) is not None]
+    match kind:
+        case "sum":
+            return sum(numbers)
+        case "avg":
+            return calculate(sum(numbers), "/", len(numbers))
+        case "min":
+            return min(numbers, default=None)
+        case _:
+            return max(numbers, default=None)

@@ -8,6 +8,7 @@ that are too small are not read back.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from betrace.service.rules.logic import MIRRORED, OPPOSITE
@@ -33,6 +34,9 @@ from betrace.service.rules.syntax import (
 _MOST = 2**62
 
 
+MOST_ALTERNATIVES = 8
+
+
 class Least(NamedTuple):
     """The least number of spans, and the least duration in nanoseconds."""
 
@@ -40,7 +44,13 @@ class Least(NamedTuple):
     duration: int = 0
 
 
-def least(rule: RuleSyntax) -> Least:
+Alternatives = tuple[Least, ...]
+"""A trace must have what one of them says; it cannot break the rule if there is none."""
+
+_ANY: Alternatives = (Least(),)
+
+
+def least(rule: RuleSyntax) -> Alternatives:
     """What a trace must have at least to break a rule."""
     broken = [_least(rule.always, False)] if rule.always is not None else []
     broken += [_least(rule.never, True)] if rule.never is not None else []
@@ -52,20 +62,39 @@ def least(rule: RuleSyntax) -> Least:
     return _all(parts)
 
 
-def _all(parts: list[Least]) -> Least:
-    return Least(max(part.spans for part in parts), max(part.duration for part in parts))
+def _all(parts: Sequence[Alternatives]) -> Alternatives:
+    found = _ANY
+    for part in parts:
+        found = _simple(
+            Least(max(one.spans, other.spans), max(one.duration, other.duration))
+            for one in found
+            for other in part
+        )
+    return found
 
 
-def _either(parts: list[Least]) -> Least:
-    return Least(min(part.spans for part in parts), min(part.duration for part in parts))
+def _either(parts: Iterable[Alternatives]) -> Alternatives:
+    return _simple(each for part in parts for each in part)
 
 
-def _of_span(spans: SpanSet) -> Least:
+def _simple(alternatives: Iterable[Least]) -> Alternatives:
+    """Without those that need more than another; if there are too many, less than all of them."""
+    found: list[Least] = []
+    for each in sorted(set(alternatives)):
+        if not any(other.duration <= each.duration for other in found):  # others need fewer spans
+            found.append(each)
+    if len(found) > MOST_ALTERNATIVES:
+        return (Least(found[0].spans, found[-1].duration),)
+    return tuple(found)
+
+
+def _of_span(spans: SpanSet) -> Alternatives:
     """For a set to have a span."""
-    return Least(1) if spans.where is None else _all([Least(1), _least(spans.where, True)])
+    one = (Least(1),)
+    return one if spans.where is None else _all([one, _least(spans.where, True)])
 
 
-def _least(node: Node, holds: bool) -> Least:
+def _least(node: Node, holds: bool) -> Alternatives:
     """For a condition or predicate to hold, or not to hold."""
     match node:
         case And(items) | Or(items):
@@ -76,15 +105,15 @@ def _least(node: Node, holds: bool) -> Least:
         case Exists(spans) if holds:
             return _of_span(spans)
         case Relative(_, spans) if holds:
-            return _all([Least(2), _of_span(spans)])
+            return _all([(Least(2),), _of_span(spans)])
         case Comparison(left, op, (right, *_)) if op in OPPOSITE:
             if isinstance(left, Constant):
                 left, op, right = right, MIRRORED[op], left
             if isinstance(right, Constant) and not isinstance(right.value, str):
-                return _compared(left, op if holds else OPPOSITE[op], right)
-            return Least()
+                return (_compared(left, op if holds else OPPOSITE[op], right),)
+            return _ANY
         case _:
-            return Least()
+            return _ANY
 
 
 def _compared(left: Expression, op: str, right: Constant) -> Least:

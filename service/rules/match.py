@@ -10,7 +10,7 @@ were built with.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -420,7 +420,7 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
     span = batch.spans[row]
     if attribute.scope is Scope.FIELD:
         return _read_field(attribute.name, batch, span)
-    key = _key(attribute.name)
+    key = attribute_key(attribute.name)
     out = np.zeros(OUT_SIZE, np.int64)
     if attribute.scope is Scope.ANY:
         find_attribute(
@@ -431,7 +431,13 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
         find_resource_attribute(
             batch.buf, resource[RESOURCE_OFF], resource[RESOURCE_LEN], key, 0, len(key), out
         )
-    kind, value, length, _ = out.tolist()
+    return attribute_value(batch, out.tolist())
+
+
+def attribute_value(batch: SpanBatch, found: Sequence[int]) -> AttributeValue:
+    """The value that :mod:`betrace.service.otlp.attributes` found in the bytes of a batch; None if
+    it is missing."""
+    kind, value, length, _ = found
     if kind == MISSING:
         return None
     if kind == STRING:
@@ -451,7 +457,8 @@ def read_attribute(attribute: Attribute, batch: SpanBatch, row: int) -> Attribut
 
 
 @lru_cache(maxsize=4096)
-def _key(name: str) -> Bytes:
+def attribute_key(name: str) -> Bytes:
+    """The bytes of an attribute's name, for kernels."""
     return np.frombuffer(name.encode("utf-8", "surrogatepass"), np.uint8)
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,20 @@ class _RuleFile:
     signature: Signature | None
     rules: tuple[Rule, ...]  # of the last valid version
     problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RuleTexts:
+    """The rule files at one moment, with :data:`ALL_TENANTS` for those for all tenants.
+
+    ``texts`` has the valid files by tenant and by path in the directory; ``broken`` those that
+    cannot be read or are invalid, with whether an earlier version is in force. ``rules`` are the
+    tenants' own rules.
+    """
+
+    texts: dict[str, dict[str, str]]
+    broken: dict[str, dict[str, bool]]
+    rules: dict[str, tuple[Rule, ...]]
 
 
 class RuleStore:
@@ -146,6 +160,70 @@ class RuleStore:
     def for_all_tenants(self, rule_id: str) -> bool:
         """Whether a rule is one for all tenants."""
         return (ALL_TENANTS, rule_id) in self._origins
+
+    @property
+    def directories(self) -> tuple[Path, Path | None]:
+        """The directory of the rules, and of those for all tenants."""
+        return self._directory, self._shared_directory
+
+    @property
+    def files(self) -> Mapping[Path, object]:
+        """The files as they were read last. A change of a file makes a new mapping."""
+        return self._files
+
+    def texts(self) -> RuleTexts:
+        """Read the content of all rule files."""
+        with self._lock:
+            self._scan()
+            found = RuleTexts({}, {}, {ALL_TENANTS: self._shared})
+            for path, file in self._files.items():
+                name = self._name(path, file.tenant)
+                with suppress(OSError, UnicodeDecodeError):
+                    text = path.read_bytes().decode()
+                    if file.problem is None and _signature(path) == file.signature:
+                        found.texts.setdefault(file.tenant, {})[name] = text
+                        continue
+                found.broken.setdefault(file.tenant, {})[name] = bool(file.rules)
+            for tenant, rules in self._rules.items():
+                found.rules[tenant] = rules[len(self._shared) :]
+            return found
+
+    def write_texts(
+        self, tenant: str, changes: Mapping[str, str | None], aside: Collection[str] = ()
+    ) -> None:
+        """Replace and delete (None) files of a tenant, as another node has them. Versions of rules
+        are kept as by :meth:`put`; of the files ``aside``, a copy named ``….conflict`` is kept.
+        Raises OSError, and ValueError for a path that no file of the tenant can have."""
+        with self._lock:
+            for name, text in changes.items():
+                path = self._path_of(tenant, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if name in aside and path.exists():
+                    _write_durably(path.with_name(f"{path.name}.conflict"), path.read_bytes())
+                if path == self._own_path(tenant, path.stem):
+                    self._keep_version(path, path.stem)
+                if text is None:
+                    path.unlink(missing_ok=True)
+                    sync_directory(path.parent)
+                else:
+                    _write_durably(path, text.encode())
+            self._scan()
+
+    def _name(self, path: Path, tenant: str) -> str:
+        return path.name if tenant == ALL_TENANTS else path.relative_to(self._directory).as_posix()
+
+    def _path_of(self, tenant: str, name: str) -> Path:
+        """The inverse of :meth:`_name`."""
+        folder, _, file = name.rpartition("/")
+        if file.startswith(".") or not file.endswith((".yaml", ".yml")) or "\\" in file:
+            raise ValueError(f"{name!r} is not the path of a rule file")
+        if tenant == ALL_TENANTS:
+            if folder or self._shared_directory is None:
+                raise ValueError(f"{name!r} cannot be a file with rules for all tenants")
+            return self._shared_directory / file
+        if folder != tenant and (folder or tenant != DEFAULT_TENANT):
+            raise ValueError(f"{name!r} cannot be a file of the tenant {tenant}")
+        return self._directory / name
 
     def rule(self, tenant: str, rule_id: str) -> Rule:
         """One rule. Raises :exc:`RuleNotFoundError`."""

@@ -22,7 +22,7 @@ from betrace.service.rules.values import AttributeValue
 
 Attributes = Mapping[str, AttributeValue]
 
-_SERVICE = Attribute(Scope.FIELD, "service")
+SERVICE = Attribute(Scope.FIELD, "service")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +68,7 @@ class TraceSpan:
     @property
     def service(self) -> Value:
         """The resource's ``service.name``, None without one."""
-        return self.read(_SERVICE)
+        return self.read(SERVICE)
 
     @property
     def events(self) -> Sequence[SpanPart]:

@@ -7,21 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from betrace.service.rules.dependence import Dependence
 from betrace.service.rules.exact import Value
-from betrace.service.rules.syntax import (
-    Aggregate,
-    And,
-    Arithmetic,
-    Comparison,
-    Counted,
-    Given,
-    Not,
-    Or,
-    Part,
-    Ref,
-    Relative,
-    SpanSet,
-)
+from betrace.service.rules.syntax import Ref
 from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 
 STEPS = 200_000  # of a rule on a trace, and as many for each of its spans:
@@ -65,7 +53,8 @@ class Workspace:
         self._left = STEPS + STEPS_OF_SPAN * len(trace.spans)
         self._look_at = self._left
         self._until = until
-        self._depends = depends
+        self.is_dependent = Dependence(word, depends).has
+        """Whether a node depends on the group."""
 
     def enter(self, group: Group) -> None:
         """Let the bound word stand for a group from now on."""
@@ -81,37 +70,3 @@ class Workspace:
             if time.monotonic() > self._until:
                 raise TooMuchWorkError("there was too little time for this trace")
             self._look_at = self._left - STEPS_AT_ONCE
-
-    def is_dependent(self, node: Any) -> bool:
-        """Whether a node depends on the group."""
-        found = self._depends.get(id(node))
-        if found is None:
-            found = self._depends[id(node)] = self._find_dependence(node)
-        return found
-
-    def _find_dependence(self, node: Any) -> bool:
-        match node:
-            case Ref(scope):
-                return self.word is not None and scope == self.word
-            case SpanSet(_, where, bound):
-                return bound or (where is not None and self.is_dependent(where))
-            case And(items) | Or(items):
-                return any(map(self.is_dependent, items))
-            case Not(item):
-                return self.is_dependent(item)
-            case Comparison(left, _, right):
-                return any(map(self.is_dependent, (left, *right)))
-            case Given(ref):
-                return self.is_dependent(ref)
-            case Relative(_, spans):
-                return self.is_dependent(spans)
-            case Part(_, where):
-                return where is not None and self.is_dependent(where)
-            case Counted(what):
-                return self.is_dependent(what)
-            case Arithmetic(first, rest):
-                return any(map(self.is_dependent, (first, *(right for _, right in rest))))
-            case Aggregate(_, spans, ref):
-                return self.is_dependent(spans) or (ref is not None and self.is_dependent(ref))
-            case _:
-                return False

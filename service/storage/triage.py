@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +156,30 @@ class TriageStore:
                 (tenant, *signal_ids),
             ).fetchall()
         return {signal_id: Acknowledgement(*row) for signal_id, *row in rows}
+
+    def merge(
+        self,
+        tenant: str,
+        mutes: Iterable[tuple[str, Mute]],
+        acknowledgements: Iterable[tuple[str, Acknowledgement]],
+    ) -> None:
+        """Take over what was decided elsewhere: mutes by rule, and acknowledgements by signal. A
+        mute that began at the same time is replaced."""
+        with self._change():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO mutes VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (tenant, rule, mute.since_ns, mute.until_ns, mute.reason, mute.by)
+                    for rule, mute in mutes
+                ],
+            )
+            self._db.executemany(
+                "INSERT OR REPLACE INTO acknowledgements VALUES (?, ?, ?, ?, ?)",
+                [
+                    (tenant, signal, each.at_ns, each.by, each.note)
+                    for signal, each in acknowledgements
+                ],
+            )
 
     def delete_tenant(self, tenant: str) -> None:
         """Delete what was said about a tenant's rules and signals."""

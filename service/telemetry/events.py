@@ -358,6 +358,32 @@ NODE_NAME_TAKEN = _event(
     "another process has the name of this node, {node}; set cluster.node to a different name",
     "Two running processes have the same name, so each takes the partitions of the other.",
 )
+RULES_RECEIVED = _event(
+    "cluster.rules_received",
+    logging.INFO,
+    "rule files of tenant {tenant} were changed at another query node: {files}",
+    "The files on this node's disk are now the same.",
+)
+RULES_CONFLICT = _event(
+    "cluster.rules_conflict",
+    logging.WARNING,
+    "the rule file {file} of tenant {tenant} was changed here and at another query node",
+    "The version that reached the cluster first counts. The one that was here is beside it, with "
+    "`.conflict` added to its name, unless it was deleted.",
+)
+DUTY_TAKEN = _event(
+    "cluster.duty_taken",
+    logging.INFO,
+    "this node now has the duty {duty}",
+    "One query node at a time has a duty, such as sending signals to a destination. `alerts` is to "
+    "follow the alerts and send them.",
+)
+DUTY_LOST = _event(
+    "cluster.duty_lost",
+    logging.WARNING,
+    "this node no longer has the duty {duty}",
+    "The lease could not be renewed, or another node took it. The other node continues the work.",
+)
 PARTITION_TAKEN_OVER = _event(
     "cluster.partition_taken_over",
     logging.INFO,
@@ -371,6 +397,14 @@ PARTITION_HANDED_OVER = _event(
     "partition {partition} was handed over after message {applied}",
     "This node released the partition in an orderly way, because another should own it or because "
     "it stops.",
+)
+PARTITION_FINISHED = _event(
+    "cluster.partition_finished",
+    logging.INFO,
+    "partition {partition} ends with message {sealed}: the partitions that continue it may begin",
+    "The cluster is resized. Everything in the partition's log up to its seal is evaluated, and "
+    "its open traces are passed on.",
+    "bytes",
 )
 PARTITION_FENCED = _event(
     "cluster.partition_fenced",

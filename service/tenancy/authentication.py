@@ -19,7 +19,8 @@ from pydantic import SecretStr
 
 from betrace.channels import ThreadRunner
 from betrace.service.config.edge import Auth
-from betrace.service.tenancy.directory import DirectoryError, PublicKey
+from betrace.service.tenancy.directory import DirectoryError
+from betrace.service.tenancy.tenant import PublicKey
 from betrace.service.tenancy.tokens import NOT_SIGNED, BadTokenError, claimed, verify
 from betrace.service.tenants import DEFAULT_TENANT, TENANT_RULE, is_tenant_name
 

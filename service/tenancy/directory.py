@@ -1,8 +1,10 @@
 """The directory of tenants, with their public keys and quotas, in an SQLite file.
 
+On a cluster the configuration bucket has the tenants, and the file is this node's copy of them.
+
 The name of a deleted tenant stays in the directory, because its entries in the append-only ledger
 must not return to the query store. Methods block and may be called from any thread; they raise
-:exc:`TenantError`, and :exc:`DirectoryError` if the disk fails.
+:exc:`DirectoryError` if the disk fails.
 """
 
 from __future__ import annotations
@@ -10,18 +12,15 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from betrace.service.storage.sqlite_file import Schema, open_file, remedy, transaction
-from betrace.service.tenancy.tokens import key_id
+from betrace.service.tenancy.changes import Change
+from betrace.service.tenancy.tenant import PublicKey, Tenant, TenantState
 from betrace.service.tenants import TENANT_RULE, is_tenant_name
-
-MOST_KEYS = 16
-"""Keys per tenant, including those in their grace period."""
 
 _VERSION_1 = """
 CREATE TABLE tenants (
@@ -41,58 +40,15 @@ CREATE TABLE keys (
     PRIMARY KEY (tenant, kid)
 ) STRICT;
 """
-_SCHEMA = Schema(0x42544E54, [_VERSION_1])  # "BTNT"
-
-
-class TenantState(StrEnum):
-    """The state of a tenant in the directory."""
-
-    ACTIVE = "active"
-    DELETING = "deleting"
-    DELETED = "deleted"
-
-
-class TenantError(Exception):
-    """The request cannot be carried out for this tenant; ``hint`` says what to do."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
-
-
-class UnknownTenantError(TenantError):
-    """The tenant does not exist, or it has no such key."""
-
-
-class TenantConflictError(TenantError):
-    """The tenant already exists, is being deleted, or has too many keys."""
+_VERSION_2 = """
+ALTER TABLE tenants ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE tenants ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
+"""
+_SCHEMA = Schema(0x42544E54, [_VERSION_1, _VERSION_2])  # "BTNT"
 
 
 class DirectoryError(Exception):
     """The file cannot be read or written; the message says what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class PublicKey:
-    """A key of a tenant: 32 bytes. Its tokens are valid until ``expires_ns`` (nanoseconds since
-    1970), without end if that is None."""
-
-    kid: str
-    public: bytes
-    created_ns: int
-    expires_ns: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """A tenant in the directory. ``quota`` is in spans per second: 0 means no limit, None the quota
-    from the configuration."""
-
-    name: str
-    state: TenantState
-    created_ns: int
-    quota: int | None
-    keys: tuple[PublicKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +93,19 @@ class TenantDirectory:
 
     def get(self, name: str) -> Tenant | None:
         """The tenant if it is active or being deleted."""
+        found = self.find(name)
+        return None if found is None or found.state is TenantState.DELETED else found
+
+    def find(self, name: str) -> Tenant | None:
+        """The tenant, even if it was deleted."""
         with self._reading() as db:
             return _get(db, name)
+
+    def all(self) -> list[Tenant]:
+        """All tenants, including those that were deleted."""
+        with self._reading() as db:
+            names = db.execute("SELECT name FROM tenants ORDER BY name").fetchall()
+            return [tenant for (name,) in names if (tenant := _get(db, name)) is not None]
 
     def page(self, after: str = "", limit: int = 1000) -> list[Tenant]:
         """The tenants that are active or being deleted, sorted by name, with names above
@@ -166,6 +133,18 @@ class TenantDirectory:
             )
             return dict(rows.fetchall())
 
+    def generations(self) -> dict[str, int]:
+        """The generations of tenants that were deleted on a cluster, by tenant."""
+        with self._reading() as db:
+            rows = db.execute("SELECT name, generation FROM tenants WHERE generation > 0")
+            return dict(rows.fetchall())
+
+    def revisions(self) -> dict[str, int]:
+        """The revisions of the entries of a cluster that are known, by tenant."""
+        with self._reading() as db:
+            rows = db.execute("SELECT name, revision FROM tenants WHERE revision > 0")
+            return dict(rows.fetchall())
+
     def hidden(self) -> dict[str, Hidden]:
         """For each tenant that was ever deleted, its ledger entries from before."""
         with self._reading() as db:
@@ -191,85 +170,36 @@ class TenantDirectory:
 
     # Changing
 
-    def create(self, name: str, quota: int | None, public: bytes | None) -> Tenant:
-        """Create a tenant, with its first key if given; a deleted tenant starts afresh. Raises
-        :exc:`TenantConflictError` if it exists."""
+    def change(self, name: str, change: Change) -> Tenant:
+        """Change or create a tenant (:mod:`betrace.service.tenancy.changes`). Raises what
+        ``change`` raises."""
         if not is_tenant_name(name):
             raise ValueError(TENANT_RULE)
-        now = self._clock_ns()
         with self._changing() as db:
-            found = _get(db, name)
-            if found is not None:
-                state = "is being deleted" if found.state is TenantState.DELETING else "exists"
-                raise TenantConflictError(f"the tenant {name} {state}", "choose another name")
-            db.execute(
-                "INSERT INTO tenants (name, state, created_ns, quota) VALUES (?, 'active', ?, ?) "
-                "ON CONFLICT DO UPDATE SET state = 'active', created_ns = excluded.created_ns, "
-                "quota = excluded.quota",
-                (name, now, quota),
-            )
-            if public is not None:
-                _insert_key(db, name, public, now)
-            return _existing(db, name)
+            made = change(name, _get(db, name), self._clock_ns())
+            _write(db, made)
+            return made
 
-    def set_quota(self, name: str, quota: int | None) -> Tenant:
-        """Change the quota. Raises :exc:`UnknownTenantError`."""
+    def write(self, tenants: Iterable[Tenant]) -> None:
+        """Replace tenants by what the cluster has."""
         with self._changing() as db:
-            _active(db, name)
-            db.execute("UPDATE tenants SET quota = ? WHERE name = ?", (quota, name))
-            return _existing(db, name)
-
-    def add_key(self, name: str, public: bytes, grace_seconds: float) -> Tenant:
-        """Add a key; the other keys stay valid for ``grace_seconds``. Raises
-        :exc:`UnknownTenantError` and :exc:`TenantConflictError`."""
-        now = self._clock_ns()
-        until = now + int(grace_seconds * 1e9)
-        with self._changing() as db:
-            tenant = _active(db, name)
-            kid = key_id(public)
-            if any(key.kid == kid for key in tenant.keys):
-                raise TenantConflictError(
-                    f"the tenant {name} already has this key", "make a new key"
-                )
-            db.execute("DELETE FROM keys WHERE tenant = ? AND expires_ns <= ?", (name, now))
-            left = db.execute("SELECT count(*) FROM keys WHERE tenant = ?", (name,)).fetchone()
-            if left[0] >= MOST_KEYS:
-                raise TenantConflictError(
-                    f"the tenant {name} has {MOST_KEYS} keys, the most allowed",
-                    "revoke one of them first",
-                )
-            db.execute(
-                "UPDATE keys SET expires_ns = min(coalesce(expires_ns, ?), ?) WHERE tenant = ?",
-                (until, until, name),
-            )
-            _insert_key(db, name, public, now)
-            return _existing(db, name)
-
-    def revoke_key(self, name: str, kid: str) -> Tenant:
-        """Remove a key, which makes its tokens invalid. Raises :exc:`UnknownTenantError`."""
-        with self._changing() as db:
-            _active(db, name)
-            gone = db.execute("DELETE FROM keys WHERE tenant = ? AND kid = ?", (name, kid))
-            if not gone.rowcount:
-                raise UnknownTenantError(
-                    f"the tenant {name} has no such key", "see `betrace tenants list`"
-                )
-            return _existing(db, name)
+            for tenant in tenants:
+                _write(db, tenant)
 
     # Deleting
 
-    def begin_deletion(self, name: str) -> None:
+    def begin_deletion(self, name: str, generation: int = 0) -> None:
         """Mark a tenant, whether in the directory or not, as being deleted: it loses its keys and
-        its quota."""
+        its quota. On a cluster, ``generation`` is the one after the deletion."""
         if not is_tenant_name(name):
             raise ValueError(TENANT_RULE)
         with self._changing() as db:
-            db.execute("DELETE FROM keys WHERE tenant = ?", (name,))
-            db.execute(
-                "INSERT INTO tenants (name, state, created_ns) VALUES (?, 'deleting', ?) "
-                "ON CONFLICT DO UPDATE SET state = 'deleting', quota = NULL",
-                (name, self._clock_ns()),
-            )
+            found = _get(db, name)
+            created_ns = self._clock_ns() if found is None else found.created_ns
+            revision = 0 if found is None else found.revision
+            generation = max(generation, 0 if found is None else found.generation)
+            state = TenantState.DELETING
+            _write(db, Tenant(name, state, created_ns, None, (), generation, revision))
 
     def hide(self, name: str, hidden: Hidden) -> None:
         """Store which ledger entries a tenant that is being deleted has."""
@@ -290,16 +220,9 @@ class TenantDirectory:
             self._db.close()
 
 
-def _insert_key(db: sqlite3.Connection, name: str, public: bytes, now: int) -> None:
-    db.execute(
-        "INSERT INTO keys (tenant, kid, public, created_ns) VALUES (?, ?, ?, ?)",
-        (name, key_id(public), public, now),
-    )
-
-
 def _get(db: sqlite3.Connection, name: str) -> Tenant | None:
     row = db.execute(
-        "SELECT name, state, created_ns, quota FROM tenants WHERE name = ? AND state <> 'deleted'",
+        "SELECT name, state, created_ns, quota, generation, revision FROM tenants WHERE name = ?",
         (name,),
     ).fetchone()
     if row is None:
@@ -309,21 +232,28 @@ def _get(db: sqlite3.Connection, name: str) -> Tenant | None:
         "ORDER BY created_ns DESC, kid",
         (name,),
     ).fetchall()
-    name, state, created_ns, quota = row
-    return Tenant(name, TenantState(state), created_ns, quota, tuple(PublicKey(*k) for k in keys))
+    name, state, created_ns, quota, generation, revision = row
+    public = tuple(PublicKey(*key) for key in keys)
+    return Tenant(name, TenantState(state), created_ns, quota, public, generation, revision)
 
 
-def _existing(db: sqlite3.Connection, name: str) -> Tenant:
-    found = _get(db, name)
-    if found is None:
-        raise UnknownTenantError(f"there is no tenant {name}", "see `betrace tenants list`")
-    return found
-
-
-def _active(db: sqlite3.Connection, name: str) -> Tenant:
-    found = _existing(db, name)
-    if found.state is not TenantState.ACTIVE:
-        raise TenantConflictError(
-            f"the tenant {name} is being deleted", "wait until the deletion is done"
-        )
-    return found
+def _write(db: sqlite3.Connection, tenant: Tenant) -> None:
+    db.execute(
+        "INSERT INTO tenants (name, state, created_ns, quota, generation, revision) "
+        "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET state = excluded.state, "
+        "created_ns = excluded.created_ns, quota = excluded.quota, "
+        "generation = excluded.generation, revision = excluded.revision",
+        (
+            tenant.name,
+            tenant.state,
+            tenant.created_ns,
+            tenant.quota,
+            tenant.generation,
+            tenant.revision,
+        ),
+    )
+    db.execute("DELETE FROM keys WHERE tenant = ?", (tenant.name,))
+    db.executemany(
+        "INSERT INTO keys (tenant, kid, public, created_ns, expires_ns) VALUES (?, ?, ?, ?, ?)",
+        [(tenant.name, key.kid, key.public, key.created_ns, key.expires_ns) for key in tenant.keys],
+    )

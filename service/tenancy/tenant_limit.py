@@ -56,6 +56,11 @@ class TenantLimit:
             "or turn on authentication",
         )
 
+    def note(self, tenant: str) -> None:
+        """Another process of the cluster let a tenant in."""
+        with self._lock:
+            self._known.add(tenant)
+
     def create(self, tenant: str) -> None:
         """An operator created a tenant."""
         with self._lock:

@@ -340,11 +340,14 @@ def decide_or_ask(
 
 def _is_large_enough(due: DueTraces, candidate: Breach) -> bool:
     """Whether a trace has the spans and the duration that breaking the rule takes."""
-    spans, duration = due.rules.least[candidate.rule]
     row = due.rows[candidate.trace]
     if row[FLAGS] & PARTIAL:  # some of its spans were not counted
         return True
-    return bool(row[SPANS] >= spans and max(0, row[MAX_END] - row[MIN_START]) >= duration)
+    spans, duration = int(row[SPANS]), max(0, int(row[MAX_END] - row[MIN_START]))
+    return any(
+        spans >= each.spans and duration >= each.duration
+        for each in due.rules.least[candidate.rule]
+    )
 
 
 def _certain(due: DueTraces, raised_early: bool, outcomes: Rows | None) -> list[Breach]:

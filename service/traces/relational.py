@@ -20,12 +20,13 @@ from cachetools import LRUCache
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.rules.definition import SKIP
 from betrace.service.rules.relations import Judgement, judge
-from betrace.service.rules.trace_tree import TraceTree
 from betrace.service.rules.workspace import FOREVER
 from betrace.service.signals import Kind, Signal
 from betrace.service.traces.decide import ALWAYS_BROKEN, NEVER_BROKEN, Breach
 from betrace.service.traces.due import DueTraces
-from betrace.service.traces.layout import FLAGS, HI, LO, REOPENED, SPANS
+from betrace.service.traces.layout import FLAGS, REOPENED
+from betrace.service.traces.reading_pace import ReadingPace
+from betrace.service.traces.screen import Screen
 from betrace.service.traces.signal_history import (
     RuleSignals,
     SignalHistory,
@@ -33,14 +34,12 @@ from betrace.service.traces.signal_history import (
     history_to_json,
     merged,
 )
+from betrace.service.traces.whole_trace import WholeTrace
 
-REMEMBERED = 100_000  # traces with signals of relational rules, and open traces that were read
-EARLY_SHARE = 0.02  # of a core, for reading open traces
-EARLY_BURST = 0.1  # seconds
-LONG = 1000  # spans
+REMEMBERED = 100_000  # traces with signals of relational rules
 
-ReadTraces = Callable[[DueTraces, Sequence[int]], Iterable[tuple[int, "TraceTree | str"]]]
-"""Reads closed traces, by number; in place of one that cannot be read whole, the reason."""
+ReadTraces = Callable[[DueTraces, Sequence[int]], Iterable[Sequence[tuple[int, WholeTrace | str]]]]
+"""Reads traces by number, in rounds; in place of one that cannot be read whole, the reason."""
 
 SignalsOf = Callable[[str, Sequence[str]], "dict[str, SignalHistory] | None"]
 """The stored signals of a tenant's traces, by trace id; None if the store cannot be asked."""
@@ -68,61 +67,6 @@ class Judged:
     """How many parents are missing in each closed trace with a breach, perhaps 0."""
 
 
-class ReadingPace:
-    """Chooses which open traces are read, so that reading them takes a small share of a core.
-
-    A trace is read again when it has grown, a long one when it has grown by an eighth. A rule that
-    it broke before is not judged again. Times are CPU seconds.
-    """
-
-    def __init__(self, share: float = EARLY_SHARE, burst: float = EARLY_BURST) -> None:
-        self._share = share
-        self._burst = burst
-        self._left = burst
-        self._since = time.monotonic()
-        self._known: LRUCache[tuple[str, int, int], tuple[int, frozenset[int]]] = LRUCache(
-            REMEMBERED
-        )
-        self._lock = threading.Lock()
-
-    def chosen(self, due: DueTraces, wanted: dict[int, list[int]]) -> dict[int, list[int]]:
-        """The rules to be judged now, by trace."""
-        with self._lock:
-            now = time.monotonic()
-            self._left = min(self._burst, self._left + self._share * (now - self._since))
-            self._since = now
-            if self._left <= 0:
-                return {}
-            found: dict[int, list[int]] = {}
-            for k, numbers in wanted.items():
-                hi, lo, spans = due.rows[k, [HI, LO, SPANS]].tolist()
-                before, broken = self._known.get((due.tenant, hi, lo), (0, frozenset()))
-                rest = [number for number in numbers if number not in broken]
-                if rest and spans >= before + max(1, before // 8 if before > LONG else 1):
-                    found[k] = rest
-                    self._known[due.tenant, hi, lo] = spans, broken
-            return found
-
-    def pay(self, seconds: float) -> None:
-        """Note what reading and judging took."""
-        with self._lock:
-            self._left -= seconds
-
-    def note(self, due: DueTraces, breaches: Iterable[Breach]) -> None:
-        """Note the rules that traces broke."""
-        with self._lock:
-            for each in breaches:
-                key = (due.tenant, *due.rows[each.trace, [HI, LO]].tolist())
-                spans, broken = self._known.get(key, (0, frozenset()))
-                self._known[key] = spans, broken | {each.rule}
-
-    def forget(self, tenant: str) -> None:
-        """Forget a tenant."""
-        with self._lock:
-            for key in [key for key in self._known if key[0] == tenant]:
-                self._known.pop(key, None)
-
-
 class RelationalRules:
     """Judges candidates, and remembers the signals of relational rules. What is not judged within
     ``seconds`` of one call is undecided. ``pace`` bounds the reading of open traces."""
@@ -139,6 +83,7 @@ class RelationalRules:
         self._seconds = seconds
         self._lock = threading.Lock()  # a thread that takes too long is left behind
         self._pace = pace or ReadingPace()
+        self._screen = Screen()
         self._depends: WeakKeyDictionary[CompiledRules, dict[int, bool]] = WeakKeyDictionary()
         self._emitted: LRUCache[tuple[str, str], SignalHistory] = LRUCache(REMEMBERED)
 
@@ -149,20 +94,26 @@ class RelationalRules:
         wanted: dict[int, list[int]] = {}
         for each in candidates:
             wanted.setdefault(each.trace, []).append(each.rule)
-        if not due.closed:
+        if due.closed:
+            self._pace.closed(due, wanted)
+        else:
             wanted = self._pace.chosen(due, wanted)
+        chosen = dict(wanted)
         judged = Judged([], [])
         started = time.thread_time()
         until = time.monotonic() + self._seconds
-        for k, found in self._read(due, list(wanted)) if wanted else ():
-            for number in wanted.pop(k, ()):
-                self._add(judged, due, of[k, number], found, until)
+        for round_ in self._read(due, list(wanted)) if wanted else ():
+            kept = self._screen.kept(due, round_, wanted, until)
+            for k, found in round_:
+                for number in wanted.pop(k, ()):
+                    if (k, number) not in kept:
+                        self._add(judged, due, of[k, number], found, until)
         for k, numbers in wanted.items():
             for number in numbers:
                 self._add(judged, due, of[k, number], "the trace was not found", until)
         if not due.closed:
-            self._pace.pay(time.thread_time() - started)
-            self._pace.note(due, [each for each, _ in judged.breaches])
+            breaches = [each for each, _ in judged.breaches]
+            self._pace.note(due, chosen, breaches, time.thread_time() - started)
             judged.undecided.clear()  # decided when the trace closes
         return judged
 
@@ -171,7 +122,7 @@ class RelationalRules:
         judged: Judged,
         due: DueTraces,
         candidate: Breach,
-        found: TraceTree | str,
+        found: WholeTrace | str,
         until: float,
     ) -> None:
         k, number = candidate.trace, candidate.rule
@@ -189,7 +140,7 @@ class RelationalRules:
             return
         judgement = judge(
             rule.syntax if due.closed else rules.early_rules[number],
-            found,
+            found.tree,
             until=until,
             depends=self._depends.setdefault(rules, {}),
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from betrace.service.otlp.columns import Rows
 from betrace.service.rules.compile import CompiledRules
@@ -324,13 +325,34 @@ class TraceTable:
     def restore(self, saved: TableSnapshot) -> None:
         """Replace the contents by a snapshot of a table with the same rules."""
         self.arrays = restored_arrays(saved.arrays)
+        self._find_closed()
+        self.signal_history = {slot: history_from_json(rows) for slot, rows in saved.signal_history}
+        self.count()
+        self.touch(int(self.arrays.activity.min()), self.survey().oldest_ns)
+
+    def _find_closed(self) -> None:
+        self._closed.clear()
         closed = np.flatnonzero(self.arrays.slots[:, STATE] == CLOSED).astype(np.int64)
         when = self.arrays.slots[closed, CLOSED_AT]
         for time in np.unique(when).tolist():
             self._closed.append((time, closed[when == time]))
-        self.signal_history = {slot: history_from_json(rows) for slot, rows in saved.signal_history}
+
+    def keep(self, wanted: Callable[[Rows], npt.NDArray[np.bool_]]) -> None:
+        """Remove all traces but those that are wanted: ``wanted`` returns for rows (hi, lo) which
+        of them are."""
+        rows = self.arrays.slots[: self.arrays.fill[SLOTS_USED]]
+        slots = np.flatnonzero(rows[:, STATE] != FREE).astype(np.int64)
+        dropped = slots[~wanted(np.ascontiguousarray(rows[slots][:, [HI, LO]]))]
+        is_open = rows[dropped, STATE] != CLOSED
+        sweep_kernels.close(self.arrays, dropped[is_open], 0)
+        rows[dropped, CLOSED_AT] = 0
+        with np.errstate(over="ignore"):
+            no_filter = np.zeros((1, 8), np.int64)
+            sweep_kernels.free_closed(self.arrays, dropped, 0, no_filter, 0, 0)
+        for slot in dropped.tolist():
+            self.signal_history.pop(slot, None)
+        self._find_closed()
         self.count()
-        self.touch(int(self.arrays.activity.min()), self.survey().oldest_ns)
 
     def find(self, hi: int, lo: int) -> int:
         """The slot of a trace (the halves of its id as int64), or -1."""

@@ -23,18 +23,19 @@ from betrace.service.otlp.columns import FLAGS as SPAN_FLAGS
 from betrace.service.otlp.wire import ERRORS, scan_bodies
 from betrace.service.rules.compile import CompiledRules
 from betrace.service.rules.patterns import TOO_LONG
+from betrace.service.rules.read_columns import columns_of
 from betrace.service.rules.relations import Judgement
-from betrace.service.rules.trace_tree import TraceSpan, TraceTree
 from betrace.service.rules.wording import breach_text
 from betrace.service.rules.workspace import FOREVER
 from betrace.service.signals import incomplete_text
 from betrace.service.traces.decide import NEVER_BROKEN, Breach, decide_or_ask
 from betrace.service.traces.due import DueTraces
+from betrace.service.traces.layout import HI, LO
 from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.slices import CpuSlice, SliceOver
 from betrace.service.traces.tenant_traces import TenantTraces
-from betrace.service.traces.trace_spans import trace_spans
 from betrace.service.traces.verdicts import raise_signal
+from betrace.service.traces.whole_trace import WholeTrace
 
 _MASK = 2**64 - 1
 
@@ -89,7 +90,7 @@ class Trial:
         self._wanted: str | None = trace_id
         self._anything = trace_id is None
         self._relational = bool(rules.read_back)
-        self._kept: list[TraceSpan] = []
+        self._kept: list[bytes] = []
         self._ids: list[Rows] = []
         self._parents: list[Rows] = []
         self.spans = 0
@@ -121,14 +122,13 @@ class Trial:
             self.spans += len(batch)
             return len(batch)
         if len(batch):
-            self._fold(batch)
+            self._fold(batch, body)
         return len(batch)
 
-    def _fold(self, batch: SpanBatch) -> None:
+    def _fold(self, batch: SpanBatch, body: bytes) -> None:
         cpu = CpuSlice(self._seconds)
         if self._relational:
-            trace = tuple(batch.spans[0, [TRACE_HI, TRACE_LO]].tolist())
-            self._kept += [span for _, span in trace_spans(batch, {trace})]
+            self._kept.append(body)
         try:
             parts = self._traces.fold(batch, now=1, slice=cpu)
         except SliceOver:
@@ -176,10 +176,12 @@ class Trial:
             for k in range(len(due.rules.rules))
         ]
 
-    def _read(self, due: DueTraces, numbers: Sequence[int]) -> Iterator[tuple[int, TraceTree]]:
-        tree = TraceTree(self._kept)
-        for k in numbers:
-            yield k, tree
+    def _read(
+        self, due: DueTraces, numbers: Sequence[int]
+    ) -> Iterator[list[tuple[int, WholeTrace | str]]]:
+        trace: tuple[int, int] = tuple(due.rows[0, [HI, LO]].tolist())
+        columns = columns_of(scan_bodies("trial", self._kept), [trace])
+        yield [(k, WholeTrace(columns, 0)) for k in numbers]
 
 
 def _verdict(

@@ -281,3 +281,42 @@ async def test_results_and_errors_are_not_kept() -> None:
 def test_invalid_settings() -> None:
     with pytest.raises(ValueError, match="threads is 0"):
         ThreadRunner("none", 0)
+
+
+async def test_calls_that_wait_let_others_run():
+    with ThreadRunner("test", 4, busy=1) as threads:
+        released = threading.Event()
+        order: list[str] = []
+
+        def wait() -> None:
+            with threads.waiting():
+                released.wait(60)
+            order.append("waited")
+
+        def work(name: str) -> None:
+            order.append(name)
+            if name == "last":
+                released.set()
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(threads.run, wait)
+                nursery.start_soon(threads.run, wait)
+                await trio.sleep(0.01)
+                await threads.run(work, "first")
+                await threads.run(work, "last")
+            assert order == ["first", "last", "waited", "waited"]
+            assert threads._alive == 1
+
+
+async def test_few_threads_take_many_calls():
+    with ThreadRunner("test", 8, busy=2) as threads:
+        names: set[str] = set()
+
+        async def call() -> None:
+            names.add(await threads.run(lambda: threading.current_thread().name))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(call)
+        assert 1 <= len(names) <= 2

@@ -1,4 +1,4 @@
-"""A whole cluster on this machine: NATS servers, edges, evaluators and a query node."""
+"""A whole cluster on this machine: NATS servers, edges, evaluators and query nodes."""
 
 from __future__ import annotations
 
@@ -22,21 +22,28 @@ class Cluster:
     """Use it as a context manager: it starts everything, and ends all of its processes."""
 
     def __init__(
-        self, directory: Path, edges: int = 2, evaluators: int = 3, servers: int = 3
+        self,
+        directory: Path,
+        edges: int = 2,
+        evaluators: int = 3,
+        servers: int = 3,
+        queries: int = 2,
     ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.servers = NatsServers(directory / "nats", servers)
-        self._edges, self._evaluators = edges, evaluators
+        self._edges, self._evaluators, self._queries = edges, evaluators, queries
         self.edges: list[Node] = []
         self.evaluators: list[Node] = []
-        self.query: Node
+        self.queries: list[Node] = []
         self._joined = evaluators
 
     def __enter__(self) -> Cluster:
         self.servers.start()
-        self.query = self._node("query", "query")
-        write_rules(self.query.directory / "rules")
+        self.queries = [self._node(f"query-{n}", "query") for n in range(1, self._queries + 1)]
+        for query in self.queries:
+            (query.directory / "rules").mkdir(exist_ok=True)
+        write_rules(self.queries[0].directory / "rules")  # the others get them from the cluster
         self.edges = [self._node(f"edge-{n}", "edge") for n in range(1, self._edges + 1)]
         self.evaluators = [
             self._node(f"evaluator-{n}", "evaluator") for n in range(1, self._evaluators + 1)
@@ -56,7 +63,7 @@ class Cluster:
     @property
     def nodes(self) -> list[Node]:
         """All nodes that should run."""
-        return [self.query, *self.edges, *self.evaluators]
+        return [*self.queries, *self.edges, *self.evaluators]
 
     def join(self) -> Node:
         """Start one more evaluator."""
@@ -66,9 +73,15 @@ class Cluster:
         node.start()
         return node
 
-    def command(self, *arguments: str) -> str:
+    @property
+    def query(self) -> Node:
+        """The first query node."""
+        return self.queries[0]
+
+    def command(self, *arguments: str, seconds: float = START_SECONDS) -> str:
         """Run ``betrace cluster`` on the query node's configuration; returns what it prints. Raises
-        :exc:`ServersAway` if no NATS server answers it."""
+        :exc:`ServersAway` if no NATS server answers it. After ``seconds`` it is killed, and
+        :exc:`subprocess.TimeoutExpired` is raised."""
         done = subprocess.run(
             [
                 sys.executable, "-m", "betrace.service", "cluster",
@@ -77,7 +90,7 @@ class Cluster:
             env=environment(**self.query.settings),
             capture_output=True,
             text=True,
-            timeout=START_SECONDS,
+            timeout=seconds,
             check=False,
         )  # fmt: skip
         if done.returncode != 0 and "NATS" in done.stderr:

@@ -7,16 +7,20 @@ majority of the servers: then nothing is acknowledged, and nothing may be lost.
 from __future__ import annotations
 
 import random
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 from tests.cluster.cluster import Cluster, ServersAway
-from tests.cluster.nodes import LEASE_SECONDS, Node
+from tests.cluster.nodes import LEASE_SECONDS, PARTITIONS, Node
 from tests.cluster.rule_changes import RuleChanges
 
 LEAST_EVALUATORS, MOST_EVALUATORS = 2, 4
+MOST_PARTITIONS = 4 * PARTITIONS
+RESIZE_SECONDS = 300
 
 KINDS = {
     "evaluator killed": "evaluator",
@@ -33,6 +37,7 @@ KINDS = {
     "quorum lost": "server",
     "query node killed": "query",
     "rules changed": "rules",
+    "partitions doubled": "partitions",
 }
 """Each fault, and the part of the cluster that is not whole until it is repaired."""
 
@@ -45,6 +50,7 @@ class Faults:
         self._cluster = cluster
         self._rules = rules
         self._down: dict[str, threading.Thread] = {}
+        self._partitions = PARTITIONS
         self.errors: list[BaseException] = []
         self.counts: Counter[str] = Counter()
 
@@ -53,7 +59,10 @@ class Faults:
         random faults it takes the rarer one, so that all are about equally frequent. Waits while
         an earlier fault of the same part is not repaired."""
         if fault is None:
-            fault = min(self._rng.sample(sorted(KINDS), 2), key=self.counts.__getitem__)
+            kinds = set(KINDS)
+            if self._partitions == MOST_PARTITIONS:
+                kinds.remove("partitions doubled")
+            fault = min(self._rng.sample(sorted(kinds), 2), key=self.counts.__getitem__)
         part = KINDS[fault]
         if part in self._down:
             self._down[part].join()
@@ -124,7 +133,7 @@ class Faults:
 
         return restart
 
-    # Edges and the query node
+    # Edges and query nodes
 
     def _edge(self) -> Node:
         return self._rng.choice(self._cluster.edges)
@@ -139,10 +148,31 @@ class Faults:
         return self._cut(self._edge(), self._rng.uniform(0.2, 6))
 
     def _query_node_killed(self) -> Callable[[], None]:
-        return self._kill(self._cluster.query)
+        return self._kill(self._rng.choice(self._cluster.queries))
 
     def _rules_changed(self) -> None:
         self._rules.change()
+
+    def _partitions_doubled(self) -> Callable[[], None]:
+        """Resize the cluster with a command that is killed, and repeat it until the change is
+        complete."""
+        self._partitions *= 2
+        arguments = ("resize", "--partitions", str(self._partitions), "--yes", "--wait", "30s")
+        with suppress(subprocess.TimeoutExpired, ServersAway):
+            self._cluster.command(*arguments, seconds=self._rng.uniform(0.5, 4))
+
+        def repeat() -> None:
+            end = time.monotonic() + RESIZE_SECONDS
+            while True:
+                try:
+                    self._cluster.command(*arguments)
+                    return
+                except (ServersAway, AssertionError):  # such as that evaluators are away
+                    if time.monotonic() > end:
+                        raise
+                time.sleep(0.5)
+
+        return repeat
 
     # Servers
 

@@ -7,6 +7,8 @@ the signals of one of the two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import httpx
 
 from betrace.service.rules.definition import make_rule
@@ -23,10 +25,10 @@ CONDITIONS = (
 
 
 class RuleChanges:
-    """Changes the rule through the API of a query node."""
+    """Changes the rule through the API of one query node after the other."""
 
-    def __init__(self, query: ServiceProcess) -> None:
-        self._query = query
+    def __init__(self, queries: Sequence[ServiceProcess]) -> None:
+        self._queries = queries
         self._number = 0
         self.made = 0
         """Changes that the API confirmed."""
@@ -36,7 +38,8 @@ class RuleChanges:
         not have changed."""
         self._number += 1
         rule = {"severity": "high", "condition": CONDITIONS[self._number % 2]}
-        url = f"http://{self._query.api}/api/v1/rules/{RULE}"
+        query = self._queries[self._number % len(self._queries)]
+        url = f"http://{query.api}/api/v1/rules/{RULE}"
         headers = {"x-scope-orgid": TENANT} | ({"if-match": "*"} if self.made else {})
         try:
             answer = httpx.put(url, json=rule, headers=headers, timeout=20, trust_env=False)

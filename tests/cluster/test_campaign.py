@@ -11,7 +11,16 @@ import pytest
 from tests.cluster.campaign import SETTLE_SECONDS, Campaign
 from tests.support.nats_servers import MISSING, PROGRAM
 
-FAULTS = ("evaluator killed", "rules changed", "edge killed", "server killed")
+FAULTS = (
+    "partitions doubled",
+    "evaluator frozen",
+    "edge killed",
+    "query node killed",
+    "rules changed",
+    "evaluator killed",
+    "server killed",
+    "evaluator drained",
+)
 
 
 @pytest.mark.slow

@@ -3,9 +3,14 @@ Skipped if ``tigerbeetle`` is not installed."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,9 @@ import pytest
 from betrace.service.storage.ledger.sqlite import SqliteLedger
 from betrace.service.storage.ledger.tigerbeetle import TigerBeetleLedger
 from tests.crash.campaign import Campaign, same
+from tests.crash.victim import START_SECONDS, ServiceProcess
 from tests.crash.workload import TENANTS
+from tests.support.process import environment
 from tests.support.tigerbeetle_server import BATCH, CLUSTER, MISSING, PROGRAM, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason=MISSING)]
@@ -62,7 +69,42 @@ def test_the_service_and_the_server_are_killed_under_load(tmp_path: Path, server
         victim.start()
         victim.wait_ready()
         same(expected, campaign.shown(), "active in the API after a rebuild")
+        assert victim.stop() == 0
+        rebuild_journal(victim)
+        victim.start()
+        victim.wait_ready()
+        same(expected, campaign.shown(), "active in the API after a rebuild of the journal")
+        nothing_is_outgoing(victim)
+        assert victim.stop() == 0
+        compare(victim.data, server, tmp_path / "rebuilt.sqlite")
     assert "Traceback" not in victim.log()
+
+
+def rebuild_journal(victim: ServiceProcess) -> None:
+    """Lose the journal and rebuild it."""
+    with closing(SqliteLedger(victim.data / "ledger.sqlite")) as journal:
+        signals = sum(journal.count(tenant) for tenant in TENANTS)
+    for file in victim.data.glob("ledger.sqlite*"):
+        file.unlink()
+    command = ["-m", "betrace.service", "ledger", "rebuild", "--data", str(victim.data), "--json"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=environment(**victim.settings),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["signals"] == signals
+
+
+def nothing_is_outgoing(victim: ServiceProcess) -> None:
+    """Return when the cluster has all signals of the journal of a running service."""
+    end = time.monotonic() + START_SECONDS
+    with closing(sqlite3.connect(victim.data / "ledger.sqlite")) as journal:
+        while journal.execute("SELECT count(*) FROM outgoing").fetchone() != (0,):
+            assert time.monotonic() < end, "signals are not sent"
+            time.sleep(0.2)
 
 
 def compare(data: Path, server: Server, copy: Path) -> None:

@@ -23,6 +23,7 @@ SETTINGS = {
     "traces__idle_seconds": "1",
     "traces__sweep_seconds": "1",
     "checkpoint__interval_seconds": "0.4",
+    "checkpoint__max_interval_seconds": "0.4",
     "caches__trace_metadata": "200",
     "caches__trace_metadata_ttl_seconds": "3",
     "log__segment_bytes": str(1 << 20),

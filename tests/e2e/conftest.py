@@ -9,11 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import process
+from tests.support.nats_servers import NatsServers
+from tests.support.on_cluster import OnCluster
 from tests.support.process import Running, running
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def session_place(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``--cluster``, make the service of the session a cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("cluster"):
+            servers: NatsServers = request.getfixturevalue("shared_nats")
+            patch.setattr(process, "place", OnCluster(servers))
+        yield
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, session_place: None) -> Iterator[Running]:
     with running(tmp_path_factory.mktemp("service")) as service:
         yield service
         assert service.stop() == 0, "".join(service.log)

@@ -84,7 +84,7 @@ def check(directory: Path, accepted: list[str], sent: list[str]) -> None:
 def test_backups_while_it_runs_and_after_a_kill(tmp_path: Path) -> None:
     live, killed = tmp_path / "live", tmp_path / "killed"
     accepted: list[list[str]] = []
-    settings = {"checkpoint__interval_seconds": "1"}
+    settings = {"checkpoint__interval_seconds": "1", "checkpoint__max_interval_seconds": "1"}
     with running(tmp_path / "first", **settings) as service:
         load = Load(service)
         for number in range(3):

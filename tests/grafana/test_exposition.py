@@ -11,7 +11,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from betrace.channels import ThreadTimeout
-from betrace.service.api.metrics import cluster
+from betrace.service.api.metrics import cluster, flow
 from betrace.service.app import edge_metrics, evaluator_metrics
 from betrace.service.cli.docs import metrics as metrics_docs
 from betrace.service.cluster.edge.group_commit import GroupCommit
@@ -72,7 +72,7 @@ def of_cluster():
     async def main():
         commit = GroupCommit(None, 2, None, 1 << 20, 1 << 20)
         refusals = SimpleNamespace(spans={"quota": 0}, requests={"unavailable": 0})
-        admission = SimpleNamespace(refusals=refusals)
+        admission = SimpleNamespace(refusals=refusals, buffered_bytes=0)
         edge = edge_metrics.read(edge_metrics.EdgeState(IngestCounts(), admission, commit))
         evaluator = evaluator_metrics.read([PartitionStatus(0, Phase.CURRENT)])
         state = {"partition": 0, "applied": 5, "lag": 1}
@@ -159,7 +159,7 @@ def test_exposed_and_documented_metrics_are_the_same(families):
 
 def test_metrics_of_edges_and_evaluators_are_documented(of_cluster):
     edge, evaluator, _ = of_cluster
-    shared = {each.name for each in edge_metrics.SHARED}
+    shared = {each.name for each in flow.ARRIVING}
     for families, documented in (
         (
             [family for family in edge if family.name not in shared],
@@ -172,7 +172,7 @@ def test_metrics_of_edges_and_evaluators_are_documented(of_cluster):
             for f in families
         }
     known = {metric.name for metric in metrics_docs.service_metrics()}
-    assert {each.exposed_name for each in edge_metrics.SHARED} <= known
+    assert {each.exposed_name for each in flow.ARRIVING} <= known
 
 
 def test_labels_are_as_documented(families):

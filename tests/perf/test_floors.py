@@ -79,12 +79,22 @@ def soak(secs: float = 300, rate: float = 49_900, ms: float = 9.9, **ratio: floa
     }
 
 
+def relations(ratio: float = 1.0, mb: float = 0.1) -> Json:
+    lengths = [{"spans": 10, "peak_mb": 0.2}, {"spans": 50_000, "peak_mb": 5.0}]
+    return {
+        "service": {"ratio": middle(ratio), "relational_us": middle(3.0)},
+        "spans_max": 50_000,
+        "trace_length": [*lengths, {"spans": 1_000_000, "peak_mb": mb}],
+    }
+
+
 def verdict(runs: floors.Runs, what: str) -> tuple[str, str]:
     """A floor's verdict and its hint."""
     (found,) = [row for row in floors.rows(runs) if row[1] == what]
     return found[4], found[5]
 
 
+CANDIDATES = "20 of 100 rules relate spans, one trace in ten a candidate"
 TEN_TENANTS = "10 tenants, 100 rules, 60 s, 100 spans a request"
 
 
@@ -118,6 +128,10 @@ def test_rates_and_errors_of_a_load(given: Json, expected: str) -> None:
         ("soak", soak(ms=10.0), "in a channel on average, work included", MISSED),
         ("soak", soak(rss_mb=1.11), "soak, last minute ÷ first: RSS", MISSED),
         ("soak", soak(rss_mb=1.09), "soak, last minute ÷ first: RSS", REACHED),
+        ("relations", relations(ratio=1.5), CANDIDATES, REACHED),
+        ("relations", relations(ratio=1.51), CANDIDATES, MISSED),
+        ("relations", relations(mb=3.0), "judging a candidate of any length", REACHED),
+        ("relations", relations(mb=9.0), "judging a candidate of any length", MISSED),
     ],
 )
 def test_edges_of_floors(run: str, given: Json, what: str, expected: str) -> None:

@@ -17,6 +17,7 @@ from betrace.service.signals import Signal
 from betrace.service.storage.alert_store import AlertStore
 from betrace.service.storage.ledger.base import LedgerEntries
 from betrace.service.storage.ledger.sqlite import SqliteLedger
+from betrace.service.storage.signal_queues import LedgerQueues
 from tests.support.ledger_conformance import make
 
 WAIT_SECONDS = 60
@@ -43,7 +44,7 @@ async def alerting(
     """Run alerts on the ledger until the block ends, as abruptly as a crash."""
     store = AlertStore(config.storage.path / "alerts.sqlite")
     breakers = Breakers(config.breakers, list(config.alerts.destinations))
-    alerts = Alerts(config, ledger, store, breakers, muted, muted_now)
+    alerts = Alerts(config, LedgerQueues(ledger), store, breakers, muted, muted_now)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(alerts.run)

@@ -22,6 +22,7 @@ from betrace.service.cluster.evaluator.state import Anchor
 from betrace.service.cluster.membership import Membership
 from betrace.service.cluster.output import Counts, Output
 from betrace.service.cluster.output import unpack as unpack_output
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.rule_keys import PUBLISHED, RULES_PREFIX
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.signals import Kind, Signal
@@ -29,6 +30,7 @@ from betrace.service.storage.jetstream.blobs import BlobCorrupt, BlobMissing
 from betrace.service.storage.jetstream.bucket import Conflict, Entry
 from betrace.service.storage.jetstream.envelope import (
     RulesMarker,
+    Seal,
     Spans,
     TenantFrame,
     Tick,
@@ -37,7 +39,9 @@ from betrace.service.storage.jetstream.envelope import (
 )
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch, Fenced
-from betrace.service.storage.jetstream.leases import Leases
+from betrace.service.storage.jetstream.generations import Generations
+from betrace.service.storage.jetstream.process_leases import ProcessLeases
+from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.traces.verdicts import Decided
 
@@ -171,6 +175,9 @@ class FakeSpans:
         await self.node.gate()
         return len(self.node.nats.logs[f"spans-{partition}"])
 
+    async def first_since(self, partition: int, first: int, end: int, time_ns: int) -> int:
+        return await SpanStreams.first_since(self, partition, first, end, time_ns)  # type: ignore[arg-type]
+
     async def forget_before(self, partition: int, sequence: int) -> None:
         await self.node.gate()
         log = self.node.nats.logs[f"spans-{partition}"]
@@ -233,16 +240,18 @@ class FakeBucket:
     async def put(self, key: str, value: bytes | None, expected_revision: int | None = None) -> int:
         await self.node.gate()
         entry = self.entries_by_key.get(key)
-        present = entry.revision if entry is not None and entry.value is not None else 0
-        if expected_revision is not None and expected_revision != present:
+        possible = {entry.revision if entry is not None else 0}
+        if entry is None or entry.value is None:
+            possible.add(0)
+        if expected_revision is not None and expected_revision not in possible:
             raise Conflict(key)
         self.node.nats.revision += 1
         self.entries_by_key[key] = Entry(key, value, self.node.nats.revision)
         self.node.nats.wake()
         return self.node.nats.revision
 
-    async def delete(self, key: str, expected_revision: int | None = None) -> None:
-        await self.put(key, None, expected_revision)
+    async def delete(self, key: str, expected_revision: int | None = None) -> int:
+        return await self.put(key, None, expected_revision)
 
     async def entries(self, prefix: str = "") -> list[Entry]:
         await self.node.gate()
@@ -311,6 +320,7 @@ class FakeState:
         self.group: list[LogMessage] = []
         self.anchor = Anchor(0, 0, "")
         self.first_rules: list[bytes] = []
+        self.empty, self.sealed = True, False
 
     def begin(self, rules: list[RulesMarker]) -> None:
         assert not self.received
@@ -321,9 +331,13 @@ class FakeState:
         for message in messages:
             assert message.sequence == self.received + 1 or not self.received
             self.received = message.sequence
+            if self.sealed:
+                continue
+            self.empty = False
             envelope = unpack(message.data)
             self.group.append(message)
-            if isinstance(envelope, Tick) or len(self.group) == self.GROUP:
+            self.sealed = isinstance(envelope, Seal)
+            if isinstance(envelope, Tick | Seal) or len(self.group) == self.GROUP:
                 output = self._end_group()
                 if self.step <= self.noted:
                     output.decided = []
@@ -380,15 +394,24 @@ class FakeState:
 
     def snapshot(self, out_sequence: int) -> bytes:
         values = [self.applied, self.step, self.log_time_ns, self.rules_revisions, self.digest]
+        values.append(self.sealed)
         anchor = [self.anchor.sequence, self.anchor.time_ns, self.anchor.digest]
         return json.dumps([values, anchor, out_sequence]).encode()
 
     def restore(self, data: bytes) -> tuple[Anchor, int]:
         values, anchor, out_sequence = json.loads(data)
-        self.applied, self.step, self.log_time_ns, self.rules_revisions, self.digest = values
+        self.applied, self.step, self.log_time_ns, self.rules_revisions, self.digest = values[:5]
+        self.sealed, self.empty = values[5], False
         self.received = self.applied
         self.anchor = Anchor(*anchor)
         return self.anchor, out_sequence
+
+    def inherit(self, data: bytes, wanted) -> None:
+        if data == b"damaged":
+            raise ValueError("damaged")
+        (_, _, self.log_time_ns, self.rules_revisions, self.digest, sealed), _, _ = json.loads(data)
+        assert sealed
+        self.empty = False
 
 
 SETTINGS = ClusterSettings(
@@ -410,7 +433,10 @@ class FakeEvaluator:
 
     def __post_init__(self) -> None:
         node = self.node = FakeNode(self.nats, self.name)
-        leases = Leases(
+        self.partitions = PartitionMap(
+            FakeBucket(node, "config"), Generations.of(self.settings.partitions)
+        )
+        leases = ProcessLeases(
             FakeBucket(node, "leases"), self.settings.lease_seconds, clock=trio.current_time
         )
         self.parts = OwnerParts(
@@ -422,9 +448,12 @@ class FakeEvaluator:
             blobs=FakeBlobs(node),
             rules=RuleFeed(FakeBucket(node, "config")),
             threads=self.threads,
+            config=FakeBucket(node, "config"),
+            partitions=self.partitions,
             new_state=self.new_state,
             checkpoint_seconds=self.checkpoint_seconds,
             log_days=0,
+            archive=False,
             takeovers=trio.CapacityLimiter(4),
             handovers=trio.CapacityLimiter(4),
         )
@@ -450,6 +479,7 @@ class FakeEvaluator:
         with self.scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.membership.run)
+                nursery.start_soon(self.partitions.run)
                 await self.evaluator.run()
                 await self.membership.leave()
                 nursery.cancel_scope.cancel()

@@ -10,13 +10,13 @@ import trio
 from betrace.service.cluster.output import Output, unpack
 from betrace.service.cluster.rule_keys import PUBLISHED, RULES_PREFIX, rules_key
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.otlp.partition import partition_of
 from betrace.service.signals import Kind, Signal
-from betrace.service.storage.jetstream import setup
+from betrace.service.storage.jetstream import resize, setup
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.envelope import Spans, TenantFrame, pack
 from betrace.service.storage.jetstream.fenced import FencedLog
+from betrace.service.storage.jetstream.generations import Generations
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.spans import SpanStreams
 from tests.support.spans import S, body
@@ -35,10 +35,13 @@ class Load:
     def __init__(self, settings: ClusterSettings) -> None:
         self.settings = settings
         self.layout = Layout.of(settings)
-        self.partitions = range(settings.partitions)
+        self.generations = self.layout.generations
+        self.stale: Generations | None = None
+        """What every other message is divided by, as if its edge had not heard of a change."""
         self.expected: Counter[tuple[str, str]] = Counter()  # by rule and trace
         self.traces: set[str] = set()
         self.sent = 0
+        self._appended = 0
 
     async def open(self) -> None:
         """Connect, create the streams and set the rules."""
@@ -46,6 +49,16 @@ class Load:
         await setup.set_up(client, self.settings)
         self.spans = SpanStreams(client, self.layout)
         await self.put_rules(RULES)
+
+    @property
+    def partitions(self) -> range:
+        """All partitions, former ones included."""
+        return range(self.generations.total)
+
+    async def resize(self, partitions: int) -> None:
+        """Change the number of partitions; one of two edges does not hear of it."""
+        await resize.resize(self.client, self.settings, partitions)
+        self.stale, self.generations = self.generations, self.generations.grown(partitions)
 
     async def put_rules(self, rules: list[dict[str, str]]) -> int:
         bucket = ConfigBucket(self.client, self.layout.config_bucket)
@@ -73,15 +86,17 @@ class Load:
 
     async def _append(self, spans: list[S]) -> None:
         by_partition: dict[int, list[S]] = {}
+        self._appended += 1
+        known = self.stale if self.stale is not None and self._appended % 2 else self.generations
         for span in spans:
-            partition = partition_of(TENANT, span.trace, len(self.partitions))
+            partition = known.current.partition_of(TENANT, span.trace)
             by_partition.setdefault(partition, []).append(span)
         for partition, some in by_partition.items():
             frame = TenantFrame(TENANT, 0, len(some), body(*some))
             message_id = f"{partition}-{self.sent}-{some[0].name}-{some[0].trace.hex()}"
             await self.spans.append(partition, pack(Spans([frame])), message_id)
 
-    async def send_until(self, done: trio.Event, number: int = 20, interval: float = 0.05) -> None:
+    async def send_until(self, done: trio.Event, number: int = 10, interval: float = 0.05) -> None:
         """Send ``number`` traces every ``interval`` seconds."""
         while not done.is_set():
             await self.send_traces(number)
@@ -103,7 +118,7 @@ class Load:
     async def rules_are_known(self) -> None:
         """Wait until every partition has read a marker of rules."""
         with trio.fail_after(WAIT):
-            for partition in self.partitions:
+            for partition in self.generations.current.partitions:
                 while True:
                     found = await self.outputs_of(partition)
                     if found and found[-1].counts.markers:

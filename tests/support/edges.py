@@ -12,11 +12,16 @@ from typing import Any
 import httpx
 import trio
 
+from betrace.channels import ThreadRunner
 from betrace.service.app.edge import Edge
+from betrace.service.cluster.edge.tenants import TenantCopy
+from betrace.service.cluster.partition_map import PartitionMap
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import SPAN_ID
 from betrace.service.otlp.wire import scan_bodies
+from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.envelope import Spans, unpack
 from betrace.service.storage.jetstream.errors import NatsUnavailable
@@ -51,17 +56,27 @@ async def running_edge(
 
     gate = Gate(settings, directory, None, exists)
     client = await NatsClient.connect(settings.cluster, "edge")
-    edge = Edge(settings, client, Layout.of(settings.cluster), gate)
+    layout = Layout.of(settings.cluster)
+    config = ConfigBucket(client, layout.config_bucket)
+    feed, threads = TenantFeed(config), ThreadRunner("copy", 1)
+    partitions = PartitionMap(config, layout.generations)
+    edge = Edge(settings, client, layout, partitions, gate, feed)
     try:
-        async with trio.open_nursery() as nursery:
-            addresses = await nursery.start(edge.run)
-            yield edge, f"{addresses.ingest}/v1/traces", addresses.grpc
-            if die:
-                nursery.cancel_scope.cancel()
-            else:
-                edge.stop()
+        async with trio.open_nursery() as others:
+            others.start_soon(feed.run)
+            others.start_soon(partitions.run)
+            await others.start(TenantCopy(gate, feed, threads).run)
+            async with trio.open_nursery() as nursery:
+                addresses = await nursery.start(edge.run)
+                yield edge, f"{addresses.ingest}/v1/traces", addresses.grpc
+                if die:
+                    nursery.cancel_scope.cancel()
+                else:
+                    edge.stop()
+            others.cancel_scope.cancel()
     finally:
         edge.close()
+        threads.close()
         await client.close()
         gate.close()
         directory.close()

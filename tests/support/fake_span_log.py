@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import trio
+from outcome import Error, Outcome, Value
 
 from betrace.service.otlp.wire import scan_bodies
 from betrace.service.storage.jetstream.envelope import Spans, TenantFrame, unpack
+from betrace.service.storage.jetstream.spans import Append
 
 
 class FakeSpanLog:
@@ -21,6 +23,21 @@ class FakeSpanLog:
         self.most_in_flight = 0
         self.times: list[float] = []
         self.before: Callable[[int], Awaitable[None]] | None = None
+
+    async def append_each(
+        self, appends: Sequence[Append], done: Callable[[int, Outcome[int]], None]
+    ) -> None:
+        async def one(number: int, each: Append) -> None:
+            try:
+                found = Value(await self.append(each.partition, each.data, each.message_id))
+            except Exception as error:
+                done(number, Error(error))
+            else:
+                done(number, found)
+
+        async with trio.open_nursery() as nursery:
+            for number, each in enumerate(appends):
+                nursery.start_soon(one, number, each)
 
     async def append(self, partition: int, data: bytes, message_id: str) -> int:
         self.times.append(trio.current_time())

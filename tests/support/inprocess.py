@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -19,6 +25,20 @@ from tests.support.engine import active
 from tests.support.spans import S, body
 
 OFF = {"address": "off"}
+
+
+class Place(Protocol):
+    """Where services run, if not as one process: :class:`tests.support.on_cluster.OnCluster`."""
+
+    def opened(self, config: Settings) -> AbstractContextManager[Service]: ...
+    def running(self, config: Settings, *, die: bool) -> AbstractAsyncContextManager[Service]: ...
+    async def send(self, service: Service, request: Request) -> None: ...
+    async def folded(self, service: Service) -> None: ...
+    async def closed(self, service: Service) -> None: ...
+
+
+place: Place | None = None
+"""Set by the fixture ``place``; None is one process."""
 
 
 def settings(directory: Path, **sections: dict[str, Any]) -> Settings:
@@ -53,6 +73,10 @@ def write_rules(directory: Path, rules: dict[str, str], tenant: str = "default")
 @contextmanager
 def opened(config: Settings) -> Iterator[Service]:
     """The service with its stores, but not running: enough for requests without a pipeline."""
+    if place is not None:
+        with place.opened(config) as service:
+            yield service
+        return
     with ExitStack() as stack:
         service = open_service(config, stack)()
         service.registry.store.load()
@@ -65,6 +89,10 @@ def opened(config: Settings) -> Iterator[Service]:
 @asynccontextmanager
 async def running(config: Settings, *, die: bool = False) -> AsyncIterator[Service]:
     """Run the service until the block ends; then it drains, or dies without saving anything."""
+    if place is not None:
+        async with place.running(config, die=die) as service:
+            yield service
+        return
     with ExitStack() as stack:
         service = open_service(config, stack)()
         async with served(service, die=die):
@@ -84,10 +112,15 @@ async def served(service: Service, *, die: bool = False) -> AsyncIterator[None]:
             else:
                 service.stop()
     finally:
-        with trio.CancelScope(shield=True), trio.move_on_after(5):
-            while any(t.statistics().left_behind for t in service.pipeline.threads.values()):
-                await trio.sleep(0.01)  # a dead process has no threads
+        await threads_ended(service)
         service.close()
+
+
+async def threads_ended(service: Service) -> None:
+    """Wait until no worker thread is left behind: a dead process has none."""
+    with trio.CancelScope(shield=True), trio.move_on_after(5):
+        while any(t.statistics().left_behind for t in service.pipeline.threads.values()):
+            await trio.sleep(0.01)
 
 
 def request(data: bytes, tenant: str = "default", **more: Any) -> Request:
@@ -100,8 +133,17 @@ async def send(
     service: Service, spans: Sequence[S], tenant: str = "default", **more: Any
 ) -> Done | Refused:
     """Send spans in one request and wait for its outcome."""
-    asked = request(body(*spans), tenant, **{"weight": max(1, len(spans))} | more)
-    await service.pipeline.requests.send(asked)
+    return await submit(
+        service, request(body(*spans), tenant, **{"weight": max(1, len(spans))} | more)
+    )
+
+
+async def submit(service: Service, asked: Request) -> Done | Refused:
+    """Send a request and wait for its outcome."""
+    if place is not None:
+        await place.send(service, asked)
+    else:
+        await service.pipeline.requests.send(asked)
     return await asked.reply.wait()
 
 
@@ -115,8 +157,16 @@ def active_signals(service: Service, tenant: str = "default") -> set[tuple[str, 
     return active(ledger_signals(service, tenant))
 
 
+async def put_rule(service: Service, tenant: str, rule_id: str, rule: dict[str, Any]) -> None:
+    """Write a new rule, as the API does."""
+    await trio.to_thread.run_sync(service.tools.rule_writer.put, tenant, rule_id, rule, None)
+
+
 async def folded(service: Service) -> None:
     """Return when all accepted spans are in their traces."""
+    if place is not None:
+        await place.folded(service)
+        return
     with trio.fail_after(60):
         while service.sources.account().in_flight:
             await trio.sleep(0.01)
@@ -124,6 +174,9 @@ async def folded(service: Service) -> None:
 
 async def closed(service: Service) -> None:
     """Return when no trace is open and everything is stored."""
+    if place is not None:
+        await place.closed(service)
+        return
     still = 0
     with trio.fail_after(60):
         while still < 3:  # a thread may be between two of these in a single check

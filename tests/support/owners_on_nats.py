@@ -12,6 +12,7 @@ from betrace.channels import ThreadRunner
 from betrace.service.app.evaluator import EvaluatorNode, open_evaluator
 from betrace.service.cluster.evaluator.evaluator import ROLE, Evaluator
 from betrace.service.cluster.membership import Membership
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.config.settings import Settings
 from betrace.service.config.stages import Checkpoint, Traces
 from betrace.service.storage.jetstream.bucket import ConfigBucket
@@ -48,15 +49,21 @@ class EvaluatorInProcess:
         cluster, settings = self.cluster, self.settings
         client = self.client = await NatsClient.connect(settings.cluster, self.name)
         try:
-            with self.scope, ThreadRunner(self.name, len(PARTITIONS)) as threads:
+            with self.scope, ThreadRunner(self.name, 64) as threads:
                 bucket = ConfigBucket(client, cluster.layout.members_bucket)
                 seconds = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
                 membership = Membership(bucket, self.name, (ROLE,), *seconds)
-                node = EvaluatorNode(self.name, client, cluster.layout, membership, threads)
+                config = ConfigBucket(client, cluster.layout.config_bucket)
+                partitions = PartitionMap(config, cluster.layout.generations)
+                await partitions.load()
+                node = EvaluatorNode(
+                    self.name, client, cluster.layout, partitions, membership, threads
+                )
                 self.evaluator = open_evaluator(settings, node)
                 self._change(self.evaluator)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(membership.run)
+                    nursery.start_soon(partitions.run)
                     await self.evaluator.run(task_status=task_status)
                     await membership.leave()
                     nursery.cancel_scope.cancel()
@@ -81,10 +88,12 @@ class EvaluatorInProcess:
 class OwnersOnNats(Load):
     """A load, and the evaluators of this process."""
 
-    def __init__(self, server: NatsServers, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, server: NatsServers, nursery: trio.Nursery, partitions: int = len(PARTITIONS)
+    ) -> None:
         cluster = server.settings(
             prefix=f"owners{next(_prefixes)}",
-            partitions=len(PARTITIONS),
+            partitions=partitions,
             lease_seconds=1,
             heartbeat_seconds=0.25,
             tick_seconds=0.25,
@@ -110,18 +119,25 @@ class OwnersOnNats(Load):
 
 
 def on_a_server(test):
-    async def run(server: NatsServers) -> None:
-        async with trio.open_nursery() as nursery:
-            cluster = OwnersOnNats(server, nursery)
-            await cluster.open()
-            try:
-                await test(cluster)
-            finally:
-                nursery.cancel_scope.cancel()
-                cluster.client.stop()
+    return with_partitions(len(PARTITIONS))(test)
 
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
+
+def with_partitions(partitions: int):
+    def decorate(test):
+        async def run(server: NatsServers) -> None:
+            async with trio.open_nursery() as nursery:
+                cluster = OwnersOnNats(server, nursery, partitions)
+                await cluster.open()
+                try:
+                    await test(cluster)
+                finally:
+                    nursery.cancel_scope.cancel()
+                    cluster.client.stop()
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return decorate
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
@@ -135,6 +151,7 @@ def current(*nodes: EvaluatorInProcess) -> Callable[[], bool]:
 
     def check() -> bool:
         found = [s for node in nodes for s in node.evaluator.statuses if s.phase == "current"]
-        return sorted(status.partition for status in found) == list(PARTITIONS)
+        expected = list(nodes[0].cluster.generations.current.partitions)
+        return sorted(status.partition for status in found) == expected
 
     return check

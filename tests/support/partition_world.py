@@ -11,6 +11,7 @@ import orjson
 from betrace.service.cluster import output
 from betrace.service.cluster.evaluator.state import Anchor, PartitionState
 from betrace.service.cluster.output import Output
+from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.config.settings import Settings
 from betrace.service.pipeline.history import HistoryUnavailable
 from betrace.service.signals import Kind, Signal
@@ -68,6 +69,7 @@ class PartitionWorld:
     """The streams of partition 3 of 16, and the index at a query node."""
 
     partition = 3
+    of = 16
 
     def __init__(self, settings: Settings = SETTINGS) -> None:
         self.settings = settings
@@ -79,6 +81,14 @@ class PartitionWorld:
         self.readable = True
         """Whether frames can be read from the log."""
         self.index = FakeIndex()
+
+    def begin(self, state: PartitionState) -> None:
+        """Give a state what the partition begins with."""
+
+    def missing(self, state: PartitionState) -> str | None:
+        """Why the index may not answer yet, or None."""
+        applied, needed = self.index.applied, state.index_sequence
+        return None if applied >= needed else f"{applied} are applied, {needed} are needed"
 
     # The log
 
@@ -105,6 +115,12 @@ class PartitionWorld:
         self.revision += 1
         number = self.revision if revision is None else revision
         self.append(pack(RulesMarker(tenant, number, definitions(*conditions))), 1)
+
+    def delete(self, tenant: str) -> int:
+        """Append the marker of a tenant's deletion; returns the generation after it."""
+        self.revision += 1
+        self.append(pack(RulesMarker(GONE + tenant, self.revision, b"")), 1)
+        return self.revision
 
     def quiet(self, seconds: float) -> None:
         """Append ticks, as the owner of a partition without spans does."""
@@ -234,9 +250,9 @@ class _IndexOfOwner:
         self._owner = owner
 
     def find_traces(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, TraceRow]:
-        index, needed = self._owner.world.index, self._owner.state.index_sequence
-        if index.applied < needed:
-            raise HistoryUnavailable(f"{index.applied} messages are applied, {needed} are needed")
+        index, reason = self._owner.world.index, self._owner.world.missing(self._owner.state)
+        if reason is not None:
+            raise HistoryUnavailable(reason)
         return index.find_traces(tenant, trace_ids)
 
     def raised_of(
@@ -251,9 +267,13 @@ class Owner:
     def __init__(self, world: PartitionWorld, checkpoint: bytes | None = None) -> None:
         self.world = world
         log: Any = world
-        self.state = PartitionState(world.partition, 16, world.settings, log, _IndexOfOwner(self))
+        self.state = PartitionState(
+            world.partition, world.of, world.settings, log, _IndexOfOwner(self)
+        )
         after = 0
-        if checkpoint is not None:
+        if checkpoint is None:
+            world.begin(self.state)
+        else:
             anchor, after = self.state.restore(checkpoint)
             if anchor.sequence:
                 assert anchor == Anchor.of(world.log[anchor.sequence - 1])

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx
 
@@ -35,6 +35,16 @@ rules:
 
 Json = dict[str, Any]
 T = TypeVar("T")
+
+
+class ServingPlace(Protocol):
+    """Where services run, if not as one process: :class:`tests.support.on_cluster.OnCluster`."""
+
+    def serve_options(self, data: Path) -> tuple[list[str], dict[str, str]]: ...
+
+
+place: ServingPlace | None = None
+"""Set for tests that run on a cluster."""
 
 
 class Running:
@@ -114,7 +124,10 @@ def running(directory: Path, *options: str, **settings: str) -> Iterator[Running
     if not rules.exists():
         rules.mkdir(parents=True)
         (rules / "payments.yaml").write_text(RULES)
-    arguments = ("--data", str(directory / "data"), "--rules", str(rules), *options)
+    arguments = ["--data", str(directory / "data"), "--rules", str(rules), *options]
+    if place is not None:
+        more, section = place.serve_options(directory / "data")
+        arguments, settings = [*arguments, *more], settings | section
     with started(arguments, settings) as (process, urls, log):
         service = Running(process, urls)
         service.log = log

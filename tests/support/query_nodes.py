@@ -12,19 +12,29 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from betrace.service.app.builder import open_query_service
 from betrace.service.app.service import Service
 from betrace.service.cluster import output
+from betrace.service.cluster.duty import Duties, DutyTimes
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.node import ClusterConnection
 from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
     open_traces_answer,
 )
+from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.settings import Settings
+from betrace.service.storage.jetstream.bucket import Conflict, Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch
+from betrace.service.storage.jetstream.generations import Generations
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.spanlog.errors import FrameMissing
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.verdicts import Decided
+from tests.support.cluster_fakes import FakeBucket, FakeNats, FakeNode
 from tests.support.inprocess import served
+
+LAST_SPANS = 100
+"""The sequence of the last message of each partition's log."""
 
 
 class ListedOut:
@@ -71,8 +81,20 @@ class ListedOut:
 class NoSpans:
     """Streams whose messages were deleted."""
 
+    def __init__(self) -> None:
+        self.appended: list[int] = []
+        """The partitions of the messages that were appended."""
+
+    async def append(self, partition: int, data: bytes, message_id: str) -> int:
+        await trio.lowlevel.checkpoint()
+        self.appended.append(partition)
+        return LAST_SPANS
+
     def read_many(self, tenant: str, positions: Any) -> list[FrameMissing]:
         return [FrameMissing("deleted") for _ in positions]
+
+    async def last(self, partition: int) -> int:
+        return 0
 
 
 class NoNats:
@@ -82,18 +104,52 @@ class NoNats:
         raise NatsUnavailable("this test has no server")
 
 
-class EmptyBucket:
-    """Keeps what is published."""
+class MemoryBucket:
+    """A bucket in memory."""
 
     def __init__(self) -> None:
-        self.values: dict[str, bytes] = {}
+        self.latest: dict[str, Entry] = {}
+        self.revision = 0
+        self.unavailable = False
+        self._moved = trio.Event()
 
-    async def get(self, key: str) -> None:
-        return None
+    @property
+    def values(self) -> dict[str, bytes | None]:
+        return {key: entry.value for key, entry in self.latest.items()}
+
+    async def get(self, key: str) -> Entry | None:
+        await self._answer()
+        return self.latest.get(key)
 
     async def put(self, key: str, value: bytes, expected_revision: int | None = None) -> int:
-        self.values[key] = value
-        return len(self.values)
+        await self._answer()
+        known = self.latest.get(key)
+        if expected_revision not in (None, known.revision if known else 0):
+            raise Conflict(key)
+        self.revision += 1
+        self.latest[key] = Entry(key, value, self.revision)
+        self._moved.set()
+        self._moved = trio.Event()
+        return self.revision
+
+    async def entries(self, prefix: str = "") -> list[Entry]:
+        await self._answer()
+        return [entry for key, entry in self.latest.items() if key.startswith(prefix)]
+
+    async def watch(self, prefix: str = "") -> AsyncIterator[Entry]:
+        after = 0
+        while True:
+            moved = self._moved
+            for entry in sorted(self.latest.values(), key=lambda each: each.revision):
+                if entry.revision > after and entry.key.startswith(prefix):
+                    after = entry.revision
+                    yield entry
+            await moved.wait()
+
+    async def _answer(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.unavailable:
+            raise NatsUnavailable("this test has no quorum")
 
 
 class FedNode:
@@ -101,31 +157,44 @@ class FedNode:
 
     def __init__(self) -> None:
         self.outs = {0: ListedOut(), 1: ListedOut()}
-        self.bucket = EmptyBucket()
+        self.bucket = MemoryBucket()
+        self.nats = FakeNats()
+        self.spans = NoSpans()
+        self.partitions = PartitionMap(self.bucket, Generations.of(2))  # type: ignore[arg-type]
+        self.paused_edges = 0  # the revision at which the edges are paused
         self.open: dict[tuple[int, str, str], DueTraces] = {}
         """What the owners have in memory, by partition, tenant and trace."""
         self.owner_is_away = False
+        self.identity = "first"
 
-    def connection(self) -> ClusterConnection:
-        async def owners() -> dict[int, str]:
-            return {0: "evaluator-1"}
+    def connection(self, name: str = "query-1") -> ClusterConnection:
+        async def owners() -> dict[str, str]:
+            return {"partition.0": "evaluator-1", "duty.alerts": name}
 
         async def epoch(partition: int) -> Epoch:
             return Epoch(partition, 1, "evaluator-1")
 
+        view = FakeNode(self.nats, name)
+        leases = FakeBucket(view, "leases")
         return ClusterConnection(
-            name="query-1",
+            name=name,
             roles=("query",),
+            identity=self.identity,
             client=NoNats(),  # type: ignore[arg-type]
-            spans=NoSpans(),  # type: ignore[arg-type]
-            outs=dict(self.outs),
+            spans=self.spans,  # type: ignore[arg-type]
+            partitions=self.partitions,
+            out=lambda partition: self.outs[partition],
             last=lambda partition: self.outs[partition].last(),
             epoch=epoch,
             owners=owners,
             config=self.bucket,  # type: ignore[arg-type]
+            shared=FakeBucket(view, "query"),  # type: ignore[arg-type]
+            duties=Duties(leases, name, DutyTimes(0.6, 0.2)),  # type: ignore[arg-type]
+            recent=RecentSignals(2),
             index_subject="betrace.index",
-            open_traces=RemoteOpenTraces(self._owner, 2),
+            open_traces=RemoteOpenTraces(self._owner, self.partitions.holder_of),
             others=self,
+            tenants=TenantFeed(self.bucket),  # type: ignore[arg-type]
         )
 
     def role_components(self) -> dict[str, Any]:
@@ -133,6 +202,9 @@ class FedNode:
 
     def members(self) -> list[dict[str, Any]]:
         return [{"name": "query-1", "roles": ["query"], "draining": False}]
+
+    def edges_are_paused(self, revision: int) -> bool:
+        return self.paused_edges >= revision
 
     def role_metrics(self) -> list[Metric]:
         return [CounterMetricFamily("betrace_span_ingestion", "Spans.", 77)]
@@ -145,12 +217,18 @@ class FedNode:
         return answer
 
     @asynccontextmanager
-    async def running(self, config: Settings, *, die: bool = False) -> AsyncIterator[Service]:
+    async def running(
+        self, config: Settings, *, die: bool = False, name: str = "query-1"
+    ) -> AsyncIterator[Service]:
         """A query node; at the end it drains, or dies without saving anything."""
         with ExitStack() as stack:
-            service = open_query_service(config, stack)(self.connection())
-            async with served(service, die=die):
-                yield service
+            connection = self.connection(name)
+            service = open_query_service(config, stack)(connection)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.tenants.run)
+                async with served(service, die=die):
+                    yield service
+                nursery.cancel_scope.cancel()
 
     async def applied(self, service: Service) -> None:
         """Return when the node has stored everything."""

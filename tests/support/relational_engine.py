@@ -9,7 +9,9 @@ from betrace.service.pipeline.read_back import ReadBack
 from betrace.service.rules.syntax import RuleSyntax
 from betrace.service.storage.spanlog.frames import Frame
 from betrace.service.storage.spanlog.log import SpanLog
-from betrace.service.traces.relational import ReadingPace, RelationalRules
+from betrace.service.traces.reading_pace import ReadingPace
+from betrace.service.traces.relational import RelationalRules
+from betrace.service.traces.screen import Screen
 from betrace.service.traces.signal_history import SignalHistory
 from tests.support.engine import Engine, signal_history
 
@@ -29,6 +31,7 @@ class RelationalEngine(Engine):
     def _start(self) -> None:
         self.relational = RelationalRules(self.read_back.traces, self._stored)
         self.relational._pace = ReadingPace(burst=3600.0)  # open traces are always read
+        self.relational._screen = Screen(least_spans=0)
 
     def _stored(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, SignalHistory]:
         return {trace_id: signal_history(self.signals, trace_id) for trace_id in trace_ids}

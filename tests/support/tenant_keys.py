@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from betrace.channels import ThreadRunner
 from betrace.service.config.edge import Auth
 from betrace.service.tenancy.authentication import Authenticator, OperatorTokens
-from betrace.service.tenancy.directory import DirectoryError, PublicKey
+from betrace.service.tenancy.directory import DirectoryError
+from betrace.service.tenancy.tenant import PublicKey
 from betrace.service.tenancy.tokens import key_id, make_token
 
 OPERATOR = "operator-token-of-the-tests"

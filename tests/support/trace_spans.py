@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from betrace.service.otlp.columns import TRACE_HI, TRACE_LO
 from betrace.service.otlp.wire import scan_bodies
-from betrace.service.rules.trace_tree import TraceSpan, TraceTree
-from betrace.service.traces.trace_spans import trace_spans
+from betrace.service.rules.read_columns import columns_of
+from betrace.service.rules.trace_tree import TraceTree
 from tests.support.relational_strategies import encode_cases
 
 TRACE = b"\1" * 16
@@ -20,15 +18,9 @@ def case_trace(spans: Iterable[dict[str, Any]], first: int = 1) -> TraceTree:
     """The trace of spans in the format of the shared cases. Spans without an id are numbered from
     ``first``."""
     full = [_full(number, span) for number, span in enumerate(spans, first)]
-    return TraceTree(_spans(encode_cases(full, TRACE)))
-
-
-def _spans(body: bytes) -> list[TraceSpan]:
-    batch = scan_bodies("cases", [body])
-    traces = {
-        tuple(ids) for ids in np.unique(batch.spans[:, [TRACE_HI, TRACE_LO]], axis=0).tolist()
-    }
-    return [span for _, span in trace_spans(batch, traces)]
+    batch = scan_bodies("cases", [encode_cases(full, TRACE)])
+    ids = tuple(batch.spans[0, [TRACE_HI, TRACE_LO]].tolist())
+    return columns_of(batch, [ids]).tree(0)
 
 
 def _full(number: int, span: dict[str, Any]) -> dict[str, Any]:

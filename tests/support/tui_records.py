@@ -292,6 +292,7 @@ def cluster() -> dict[str, Any]:
             partition(4, owner="evaluator-9"),
             partition(5, problem="OUT_5 has no leader"),
         ],
+        "duties": {"alerts": "query-1"},
         "rulesProblem": None,
         "index": {"requests": 2, "behind": 0},
     }

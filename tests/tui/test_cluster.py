@@ -48,6 +48,7 @@ async def test_it_shows_partitions_and_nodes(pilot, api):
     text = screen_text(pilot.app)
     assert "4 nodes: 1 edge, 2 evaluators, 1 query node" in text
     assert "draining: evaluator-2" in text
+    assert "sent: alerts by query-1" in text
     for state in ("evaluated", "behind", "no owner", "owner gone", "unreadable"):
         assert state in text
     await pilot.press("G", "enter")

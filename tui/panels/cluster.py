@@ -69,6 +69,9 @@ class ClusterPanel(ListPanel):
         draining = [name for name, node in nodes.items() if node.get("draining")]
         if draining:
             parts += ["  ", marked(f"draining: {', '.join(draining)}", "busy")]
+        if duties := mapping(self._found("duties")):
+            held = ", ".join(f"{name} by {as_text(node)}" for name, node in duties.items())
+            parts.append(f"  sent: {held}")
         return [*parts, f"  seen by {as_text(self._found('node'))}"]
 
     def rows(self, state: ServiceState) -> Iterable[Row]:

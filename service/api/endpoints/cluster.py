@@ -17,7 +17,8 @@ endpoints = Endpoints("Administration", access="operator")
     answers={
         200: '`{"node", "roles", "nodes": [{"name", "roles", "draining"}], "partitions": '
         '[{"partition", "owner", "epoch", "applied", "last", "lag", "evaluatedTo", "logTimeNs", '
-        '"counts", "problem"}], "rulesProblem", "index": {"requests", "behind"}}`',
+        '"counts", "problem"}], "duties": {name: node}, "rulesProblem", '
+        '"index": {"requests", "behind"}}`',
         404: "The service is not part of a cluster",
     },
 )
@@ -29,14 +30,10 @@ async def get_cluster(call: Call) -> Any:
     partition moves; null if it is not known yet. `nodes` are the processes that are alive.
     `evaluatedTo` is the number of the last message of the
     partition's log that was evaluated. `counts` says what became of the messages and spans of the
-    partition, since its first one. `problem` says why the stream cannot be read now."""
+    partition, since its first one. `problem` says why the stream cannot be read now. `duties` has
+    the query node that sends signals to each destination, and the one that follows alerts.
+    `rulesProblem` says why the rules of this node are not those of the cluster."""
     node = call.tools.sources.node
     if node is None:
         raise ApiError(404, "this service is not part of a cluster", "see [cluster] in config.toml")
     return node.shown()
-
-
-def refuse_on_cluster(call: Call, what: str, instead: str) -> None:
-    """Refuse what does not work on a cluster yet; ``instead`` says what to do."""
-    if call.tools.sources.node is not None:
-        raise ApiError(501, f"{what} on a cluster yet", instead)

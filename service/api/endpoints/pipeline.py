@@ -7,13 +7,10 @@ from typing import Any
 import trio
 
 from betrace.service.api.endpoint import Answer, Call, Endpoints
-from betrace.service.api.endpoints.cluster import refuse_on_cluster
 from betrace.service.api.params import WAIT
 from betrace.service.api.sources import Sources
 
 endpoints = Endpoints("Administration", access="operator")
-
-_AT_EDGES = ("ingestion cannot be paused or resumed", "edges receive the spans: stop them instead")
 
 
 def pipeline_state(sources: Sources) -> dict[str, Any]:
@@ -22,7 +19,7 @@ def pipeline_state(sources: Sources) -> dict[str, Any]:
     sizes = {name: queue.send.statistics().size for name, queue in pipeline.queues.items()}
     waiting = {name: size for name, size in sizes.items() if size}
     return {
-        "ingestion": sources.admission.state,
+        "ingestion": _ingestion(sources),
         "drained": not (waiting or len(pipeline.correlate.backlog) or len(pipeline.ingest.heavy)),
         "waiting": waiting,
         "backlog": {
@@ -38,6 +35,24 @@ def pipeline_state(sources: Sources) -> dict[str, Any]:
             name: "paused" if stage.paused else "working" for name, stage in pipeline.stages.items()
         },
     }
+
+
+def _ingestion(sources: Sources) -> str:
+    node = sources.node
+    if node is None or sources.admission.state == "draining":
+        return sources.admission.state
+    return "paused" if node.ingestion_paused else "open"
+
+
+async def _set_paused(call: Call, paused: bool) -> None:
+    """Pause or resume ingestion; on a cluster, at all edges."""
+    sources = call.tools.sources
+    if sources.node is not None:
+        await sources.node.pause_ingestion(paused)
+    elif paused:
+        sources.admission.pause()
+    else:
+        sources.admission.resume()
 
 
 @endpoints.add(
@@ -62,10 +77,10 @@ async def get_pipeline(call: Call) -> Any:
     answers={200: "The pipeline"},
 )
 async def pause_pipeline(call: Call) -> Any:
-    """Requests get 503 until `resume`. Accepted spans are still processed."""
-    refuse_on_cluster(call, *_AT_EDGES)
+    """Requests get 503 until `resume`. Accepted spans are still processed. On a cluster, all edges
+    refuse spans within about a second, and those that are started later do too."""
     await call.note("pipeline.pause")
-    call.tools.sources.admission.pause()
+    await _set_paused(call, True)
     return pipeline_state(call.tools.sources)
 
 
@@ -76,9 +91,8 @@ async def pause_pipeline(call: Call) -> Any:
     answers={200: "The pipeline"},
 )
 async def resume_pipeline(call: Call) -> Any:
-    refuse_on_cluster(call, *_AT_EDGES)
     await call.note("pipeline.resume")
-    call.tools.sources.admission.resume()
+    await _set_paused(call, False)
     return pipeline_state(call.tools.sources)
 
 
@@ -90,15 +104,21 @@ async def resume_pipeline(call: Call) -> Any:
     answers={200: "The pipeline, drained", 202: "The pipeline, not empty yet"},
 )
 async def drain_pipeline(call: Call) -> Any:
-    """Ingestion stays paused until `resume`."""
-    refuse_on_cluster(call, *_AT_EDGES)
+    """Ingestion stays paused until `resume`. On a cluster, this waits until the edges have stored
+    what they received, the evaluators have evaluated it, and this query node has stored the
+    results."""
     sources = call.tools.sources
     await call.note("pipeline.drain")
-    sources.admission.pause()
+    await _set_paused(call, True)
+    evaluated = sources.node is None
     with trio.move_on_after(call.params["wait"]):
+        if sources.node is not None:
+            await sources.node.drained()
+            evaluated = True
         for stage in sources.pipeline.stages.values():  # in the order of the channels
             await stage.drained()
             if stage.name == "trace-correlation":
                 await sources.pipeline.correlate.worked_off()
     found = pipeline_state(sources)
+    found["drained"] = found["drained"] and evaluated
     return Answer(found, 200 if found["drained"] else 202)

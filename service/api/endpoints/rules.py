@@ -13,7 +13,6 @@ from betrace.service.api.endpoint import Answer, Call, Endpoints, Tools
 from betrace.service.api.errors import ApiError, unavailable
 from betrace.service.api.params import Param, read_pattern
 from betrace.service.otlp.json import OtlpJsonError, to_protobuf
-from betrace.service.rules.candidates import decided_by, plan
 from betrace.service.rules.compile import compile_rules
 from betrace.service.rules.definition import (
     ALERT,
@@ -28,6 +27,7 @@ from betrace.service.rules.definition import (
 from betrace.service.rules.errors import RuleSyntaxError
 from betrace.service.rules.examples import MAX_EXAMPLES
 from betrace.service.rules.parse import parse
+from betrace.service.rules.plans import decided_by, plan
 from betrace.service.rules.store import RuleNotFoundError
 from betrace.service.rules.units import warnings
 from betrace.service.storage.duck.pool import PoolTimeout
@@ -257,7 +257,7 @@ async def mute_rule(call: Call) -> Any:
     who = call.person()
     target = {"tenant": call.tenant, "rule": rule_id, "for": given["for"], "reason": reason}
     await call.tools.audit.note(who, "rule.mute", target)
-    mute = call.tools.triage.mute
+    mute = call.tools.triage_writer.mute
     return _mute_json(await call.blocking(mute, call.tenant, rule_id, duration, reason, who.name))
 
 
@@ -275,7 +275,7 @@ async def unmute_rule(call: Call) -> Any:
         raise ApiError(404, f"the rule '{rule_id}' is not muted", "nothing was changed")
     target = {"tenant": call.tenant, "rule": rule_id}
     await call.tools.audit.note(call.person(), "rule.unmute", target)
-    await call.blocking(call.tools.triage.unmute, call.tenant, rule_id)
+    await call.blocking(call.tools.triage_writer.unmute, call.tenant, rule_id)
     return Answer(b"", 204)
 
 
@@ -287,8 +287,8 @@ async def unmute_rule(call: Call) -> Any:
     body={"type": "object", "required": ["condition"], "properties": {"condition": _TEXT}},
     answers={
         200: '`{"valid", "errors": [{"line", "column", "message", "hint"}]}`; for a valid rule '
-        "also `decided_by` (`fold` or `read back`) and `plan`: how it is decided, and the cost; "
-        "and `warnings`, like `errors`, if there are any",
+        "also `decided_by` (`fold`, `skeleton`, `values by key` or `read back`) and `plan`: how it "
+        "is decided, and the cost; and `warnings`, like `errors`, if there are any",
     },
 )
 async def validate_rule(call: Call) -> Any:

@@ -239,7 +239,7 @@ async def acknowledge_signal(call: Call) -> Any:
     who = call.person()
     target = {"tenant": call.tenant, "signal": signal_id, "note": note}
     await call.tools.audit.note(who, "signal.acknowledge", target)
-    acknowledge = call.tools.triage.acknowledge
+    acknowledge = call.tools.triage_writer.acknowledge
     return acknowledgement_json(
         await call.blocking(acknowledge, call.tenant, signal_id, note, who.name)
     )

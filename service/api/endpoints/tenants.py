@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from betrace.service.api.endpoint import Answer, Call, Endpoints
-from betrace.service.api.endpoints.cluster import refuse_on_cluster
 from betrace.service.api.errors import ApiError
 from betrace.service.api.params import LIMIT, NEXT, WAIT, Param, read_pattern, read_tenant
 from betrace.service.tenants import TENANT_RULE, is_tenant_name
@@ -107,7 +106,6 @@ async def get_tenant(call: Call) -> Any:
 async def delete_tenant(call: Call) -> Any:
     """Deletes its spans, signals, traces, rules, dead letters and keys. Its requests get 403 until
     it is created again. The ledger is append-only and keeps its accounts, hidden."""
-    refuse_on_cluster(call, "tenants cannot be deleted", "revoke its keys, and let its data expire")
     name = call.params["tenant"]
     done = await call.tools.tenants.delete(call.operator(), name, call.params["wait"])
     state = "deleted" if done else "deleting"

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from betrace.service.api.endpoint import Call, Endpoints
+from betrace.service.api.node_cursors import make_cursor, read_cursor
 from betrace.service.api.params import LIMIT, NEXT, Param, read_hex, read_integer, read_text
 from betrace.service.times import write_time
 
@@ -31,14 +32,15 @@ _HEX = {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}
 )
 async def list_undecided(call: Call) -> Any:
     """Nothing was raised or retracted for such a trace and rule. The newest 10 000 of a tenant are
-    kept. A record stays when the trace is judged later, because late spans reopened it."""
+    kept. A record stays when the trace is judged later, because late spans reopened it. In a
+    cluster a cursor is for the query node that made it; others answer 400."""
     page = partial(
         call.tools.undecided.page,
         call.tenant,
         rule=call.params["rule"],
         trace_id=call.params["trace_id"],
         limit=call.params["limit"],
-        before=call.params["cursor"],
+        before=read_cursor(call.tools.sources, call.params["cursor"]),
     )
     found, following = await call.blocking(page)
     return {
@@ -52,5 +54,5 @@ async def list_undecided(call: Call) -> Any:
             }
             for each in found
         ],
-        "next": None if following is None else str(following),
+        "next": make_cursor(call.tools.sources, following),
     }

@@ -37,6 +37,12 @@ def _index(sources: Sources) -> Samples:
         yield ("behind",), index.behind
 
 
+def _duties(sources: Sources) -> Samples:
+    if sources.node is not None:
+        for name, held in sources.node.cluster.duties.held().items():
+            yield (name,), int(held)
+
+
 DECLARED: tuple[Declared[Sources], ...] = (
     Declared(
         "betrace_cluster_node_info",
@@ -65,6 +71,14 @@ DECLARED: tuple[Declared[Sources], ...] = (
         "Items of OUT sent to the stores of this query node.",
         ("partition",),
         _items,
+    ),
+    Declared(
+        "betrace_cluster_duty_held",
+        "gauge",
+        "Whether this query node has a duty that one node at a time has, such as sending to a "
+        "destination: 1 or 0.",
+        ("duty",),
+        _duties,
     ),
     Declared(
         "betrace_cluster_index_requests",

@@ -9,6 +9,7 @@ from typing import Generic, Literal, TypeVar
 from prometheus_client.core import CounterMetricFamily, Exemplar, GaugeMetricFamily, Metric
 
 S = TypeVar("S")
+T = TypeVar("T")
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
 """Values of the labels, in the declared order, and the number."""
@@ -29,6 +30,17 @@ class Declared(Generic[S]):
 
     exemplars: Callable[[S], Mapping[tuple[str, ...], Exemplar]] | None = None
     """For counters: the exemplars by the values of the labels."""
+
+    def of(self, part: Callable[[T], S]) -> Declared[T]:
+        """The same metric, read from a part of ``T``. Without exemplars."""
+        return Declared(
+            self.name,
+            self.kind,
+            self.text,
+            self.labels,
+            lambda whole: self.read(part(whole)),
+            self.blocks,
+        )
 
     @property
     def exposed_name(self) -> str:

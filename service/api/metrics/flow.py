@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from betrace.service.api.metrics.declared import Declared, Samples, one
 from betrace.service.api.signals_by_rule import LABELS as RULE_LABELS
 from betrace.service.api.sources import Sources
+from betrace.service.pipeline.scanning import IngestCounts
+from betrace.service.receiver.admission import Admission
 from betrace.service.rules.definition import SEVERITIES
 
 
@@ -15,42 +19,60 @@ def _signals(sources: Sources) -> Samples:
             yield (severity, kind), seen.get((severity, kind), 0)
 
 
-DECLARED: tuple[Declared[Sources], ...] = (
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What takes spans in."""
+
+    counts: IngestCounts
+    admission: Admission
+
+
+ARRIVING: tuple[Declared[Arrivals], ...] = (
     Declared(
         "betrace_span_ingestion",
         "counter",
         "Spans accepted: written to the span log and acknowledged.",
         (),
-        lambda s: one(s.pipeline.ingest.counts.accepted),
+        lambda a: one(a.counts.accepted),
     ),
     Declared(
         "betrace_spans_rejected",
         "counter",
         "Spans left out of accepted requests because of an invalid trace or span id.",
         (),
-        lambda s: one(s.pipeline.ingest.counts.rejected),
+        lambda a: one(a.counts.rejected),
     ),
     Declared(
         "betrace_spans_refused",
         "counter",
         "Spans (estimated) of refused requests, by reason.",
         ("reason",),
-        lambda s: [((reason,), n) for reason, n in s.admission.refusals.spans.items()],
+        lambda a: [((reason,), n) for reason, n in a.admission.refusals.spans.items()],
     ),
     Declared(
         "betrace_requests_refused",
         "counter",
         "Refused export requests, by reason.",
         ("reason",),
-        lambda s: [((reason,), n) for reason, n in s.admission.refusals.requests.items()],
+        lambda a: [((reason,), n) for reason, n in a.admission.refusals.requests.items()],
     ),
     Declared(
         "betrace_request_bodies_bytes",
         "gauge",
         "Bytes of request bodies in memory; at ingest.max_buffered_bytes requests are refused.",
         (),
-        lambda s: one(s.admission.buffered_bytes),
+        lambda a: one(a.admission.buffered_bytes),
     ),
+)
+"""What comes in; an edge has these too."""
+
+
+def _arrivals(sources: Sources) -> Arrivals:
+    return Arrivals(sources.pipeline.ingest.counts, sources.admission)
+
+
+DECLARED: tuple[Declared[Sources], ...] = (
+    *(each.of(_arrivals) for each in ARRIVING),
     Declared(
         "betrace_spans_evaluated",
         "counter",
@@ -145,7 +167,7 @@ DECLARED: tuple[Declared[Sources], ...] = (
         "counter",
         "Traces closed.",
         (),
-        lambda s: one(s.pipeline.open_traces.counts.closed),
+        lambda s: one(s.closed_traces()),
     ),
     Declared(
         "betrace_traces_reopened",

@@ -14,7 +14,7 @@ def metrics_app(exposition: Exposition, authenticator: Authenticator | None) -> 
     async def denied(scope: Scope) -> Denied | None:
         if authenticator is None:
             return None
-        return await authenticator.scraper(_header(scope, b"authorization"))
+        return await authenticator.scraper(header(scope, b"authorization"))
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -34,7 +34,7 @@ def metrics_app(exposition: Exposition, authenticator: Authenticator | None) -> 
             headers = [(b"www-authenticate", b"Bearer")] if status == 401 else []
         else:
             try:
-                accepted = media_type(_header(scope, b"accept") or "")
+                accepted = media_type(header(scope, b"accept") or "")
                 body, content_type = await exposition.scrape(accepted), accepted
             except ThreadTimeout as error:
                 status, body = 503, f"the metrics could not be read ({error})\n".encode()
@@ -48,6 +48,7 @@ def metrics_app(exposition: Exposition, authenticator: Authenticator | None) -> 
     return app
 
 
-def _header(scope: Scope, name: bytes) -> str | None:
+def header(scope: Scope, name: bytes) -> str | None:
+    """The value of a header of a request; the last one if it was sent several times."""
     given = [value for each, value in scope.get("headers", ()) if each == name]
     return given[-1].decode("latin-1") if given else None

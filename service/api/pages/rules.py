@@ -13,8 +13,8 @@ from betrace.service.api.errors import ApiError, translate
 from betrace.service.api.pages.evidence import lines
 from betrace.service.api.pages.visit import Page, Visit
 from betrace.service.api.params import Param, read_param
-from betrace.service.rules.candidates import plan
 from betrace.service.rules.definition import SEVERITIES, Rule
+from betrace.service.rules.plans import plan
 from betrace.service.storage.duck.queries import SignalFilter
 
 Json = dict[str, Any]

@@ -19,7 +19,7 @@ from betrace.service.cli.demo.account import Account, compare
 from betrace.service.cli.demo.collector import Collector
 from betrace.service.cli.demo.local_cluster import LocalCluster
 from betrace.service.cli.demo.outages import Outages
-from betrace.service.cli.demo.processes import nats_program
+from betrace.service.cli.demo.processes import Node, nats_program
 from betrace.service.cli.demo.shop_process import (
     ANY_PORT,
     Customer,
@@ -64,7 +64,8 @@ class ClusterDemo:
         self._as_json = as_json
         self._began = time.monotonic()
         self._customers: dict[str, Customer] = {}
-        self._account: Account | None = None
+        self._accounts: dict[str, Account] = {}
+        """What each query node has, as of the end of the last round."""
         self._ending = trio.Event()
         edges = cluster.edges
         self._collector = Collector(
@@ -78,9 +79,9 @@ class ClusterDemo:
 
     def code(self) -> int:
         """The exit code."""
-        if self._account is None:
+        if not self._accounts:
             raise Failure("stopped before anything was checked; run it again")
-        return 0 if self._account.ok else FOUND
+        return 0 if all(each.ok for each in self._accounts.values()) else FOUND
 
     async def run(self) -> None:
         """Start the cluster, disturb it, compare, and end all processes."""
@@ -98,8 +99,8 @@ class ClusterDemo:
         finally:
             with trio.CancelScope(shield=True):
                 await self._cluster.close()
-        if self._account is not None:
-            self._report(self._account)
+        if self._accounts:
+            self._report()
 
     async def _obey(self, scope: trio.CancelScope) -> None:
         """Ctrl-C ends the current round early. Without a round, or if pressed twice, it ends
@@ -136,7 +137,18 @@ class ClusterDemo:
 
     async def _settle(self) -> None:
         await self._wait(lambda: not self._collector.waiting, "spans were not acknowledged")
-        api = self._cluster.query.addresses["api"]
+        for node in self._cluster.queries:
+            found = await self._compare(node)
+            total = found.total
+            self.say(
+                f"{node.name}: {total.found} of {total.due} signals found: {total.lost} lost, "
+                f"{total.false} false, {total.doubled} doubled"
+            )
+            self._accounts[node.name] = found
+
+    async def _compare(self, node: Node) -> Account:
+        """Compare what was due with what a query node has, once it has everything."""
+        api = node.addresses["api"]
         assert api is not None
         async with httpx.AsyncClient(base_url=api, trust_env=False, timeout=60) as client:
             with trio.move_on_after(SETTLE_SECONDS):
@@ -147,14 +159,7 @@ class ClusterDemo:
                         break
                     await trio.sleep(_POLL_SECONDS)
             await trio.sleep(_LATE_SECONDS)
-            found = self._account = compare(
-                self._customers.values(), await _pages(client, "signals")
-            )
-        total = found.total
-        self.say(
-            f"{total.found} of {total.due} signals found: {total.lost} lost, {total.false} false, "
-            f"{total.doubled} doubled"
-        )
+            return compare(self._customers.values(), await _pages(client, "signals"))
 
     async def _wait(self, done: Callable[[], bool], otherwise: str) -> None:
         with trio.move_on_after(SETTLE_SECONDS):
@@ -167,17 +172,21 @@ class ClusterDemo:
     def _say_where_to_look(self) -> None:
         if self._once:
             return
-        api = self._cluster.query.addresses["api"]
-        self.say(f"look at it: {api}/ or betrace tui{'' if api == URL else f' --url {api}'}")
-        config = self._cluster.query.directory / "config.toml"
+        for node in self._cluster.queries:
+            api = node.addresses["api"]
+            self.say(f"look at it: {api}/ or betrace tui{'' if api == URL else f' --url {api}'}")
+        config = self._cluster.queries[0].directory / "config.toml"
         self.say(f"            betrace cluster status --config {config}")
         self.say("Ctrl-C ends the demo with a table of what was due and found")
 
-    def _report(self, account: Account) -> None:
+    def _report(self) -> None:
         if self._as_json:
+            nodes = {name: account.to_json() for name, account in self._accounts.items()}
             print_json(
-                account.to_json()
+                next(iter(nodes.values()))
                 | {
+                    "ok": all(account.ok for account in self._accounts.values()),
+                    "nodes": nodes,
                     "acknowledged": self._collector.acknowledged,
                     "repeated": self._collector.repeated,
                     "rejected": self._collector.rejected,
@@ -186,8 +195,9 @@ class ClusterDemo:
                 indent=2,
             )
             return
-        click.echo()
-        account.show()
+        for name, account in self._accounts.items():
+            click.echo(f"\nsignals of {name}")
+            account.show()
 
 
 async def _pages(client: httpx.AsyncClient, what: str) -> list[Json]:

@@ -1,5 +1,5 @@
 """A whole cluster as processes of this machine: three NATS servers, two edges, three evaluators and
-a query node."""
+two query nodes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.setup import set_up
 
-SERVERS, EDGES, EVALUATORS, PARTITIONS = 3, 2, 3, 6
+SERVERS, EDGES, EVALUATORS, QUERIES, PARTITIONS = 3, 2, 3, 2, 6
 _POLL_SECONDS = 0.2
 
 
 class LocalCluster:
-    """``program`` is nats-server; the API of the query node listens at ``api``."""
+    """``program`` is nats-server; the API of the first query node listens at ``api``."""
 
     def __init__(self, directory: Path, program: str, api: str) -> None:
         ports = free_ports(3 * SERVERS)
@@ -38,7 +38,11 @@ class LocalCluster:
             node="demo",
         )
         rules = ("--rules", str(copy_rules(directory / "rules")))
-        self.query = self._node(directory, "query-1", "query", "--api", api, *rules)
+        # The others get the rules from the first one.
+        self.queries = [
+            self._node(directory, "query-1", "query", "--api", api, *rules),
+            *(self._node(directory, f"query-{n}", "query") for n in range(2, QUERIES + 1)),
+        ]
         self.edges = [self._node(directory, f"edge-{n + 1}", "edge") for n in range(EDGES)]
         self.evaluators = [
             self._node(directory, f"evaluator-{n + 1}", "evaluator") for n in range(EVALUATORS)
@@ -61,7 +65,7 @@ class LocalCluster:
     @property
     def nodes(self) -> list[Node]:
         """All nodes."""
-        return [self.query, *self.edges, *self.evaluators]
+        return [*self.queries, *self.edges, *self.evaluators]
 
     async def start(self, say: Callable[[str], None]) -> None:
         """Start everything; returns when every partition is evaluated with the rules."""
@@ -73,9 +77,9 @@ class LocalCluster:
         await set_up(self.client, self.settings)
         say(f"created the streams of {PARTITIONS} partitions")
         say("starting query-1 and edge-1; the first start compiles kernels for a minute")
-        await _start([self.query, self.edges[0]])  # first, so that only they compile
-        say("starting edge-2 and three evaluators")
-        await _start([*self.edges[1:], *self.evaluators])
+        await _start([self.queries[0], self.edges[0]])  # first, so that only they compile
+        say("starting query-2, edge-2 and three evaluators")
+        await _start([*self.queries[1:], *self.edges[1:], *self.evaluators])
         say("all processes are ready; waiting until each partition has an owner and the rules")
         await self._ready()
         say("everything runs, and all evaluators have the rules")
@@ -93,7 +97,8 @@ class LocalCluster:
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             with trio.move_on_after(START_SECONDS):
                 while True:
-                    response = await client.get(f"{self.query.addresses['api']}/api/cluster")
+                    api = self.queries[0].addresses["api"]
+                    response = await client.get(f"{api}/api/cluster")
                     partitions: list[dict[str, Any]] = response.json()["partitions"]
                     if all(p["owner"] and (p["counts"] or {}).get("markers") for p in partitions):
                         return

@@ -6,11 +6,13 @@ import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 
+import httpx
 import trio
 
 from betrace.service.cli.common import Failure
 from betrace.service.cli.demo.collector import Collector
 from betrace.service.cli.demo.local_cluster import LocalCluster
+from betrace.service.cli.demo.processes import Node
 from betrace.service.cluster.lease_keys import owners_by_partition
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.errors import NatsUnavailable
@@ -40,7 +42,7 @@ class Outages:
 
     def all(self) -> list[Callable[[], Awaitable[None]]]:
         """One of each kind."""
-        return [self.evaluator, self.edge, self.leader]
+        return [self.evaluator, self.edge, self.leader, self.query]
 
     async def evaluator(self) -> None:
         """Kill the evaluator with the most partitions; wait until others have them."""
@@ -110,6 +112,25 @@ class Outages:
         await victim.start()
         await self._repaired(victim.name)
 
+    async def query(self) -> None:
+        """Kill a query node; wait until another one has new signals."""
+        victim, other = random.sample(self._cluster.queries, 2)
+        self._kill_said(victim.name, f"{other.name} answers in its place")
+        await victim.kill()
+        async with httpx.AsyncClient(trust_env=False, timeout=WAIT_SECONDS) as client:
+            before = await _signals(client, other)
+            found = before
+
+            async def more() -> bool:
+                nonlocal found
+                found = await _signals(client, other)
+                return found > before
+
+            await self._until(more, f"{other.name} got no new signals")
+        self._say(f"{other.name} has stored {found - before} more signals meanwhile")
+        await victim.start()
+        await self._repaired(victim.name)
+
     def _kill_said(self, name: str, role: str) -> None:
         self.done.append(name)
         self._say(f"killing {name} (SIGKILL): {role}")
@@ -125,7 +146,7 @@ class Outages:
         """The owner of each lease, by partition."""
         bucket = ConfigBucket(self._cluster.client, self._layout.leases_bucket)
         found = await Leases(bucket, self._cluster.settings.lease_seconds).owners()
-        return owners_by_partition(found, self._layout.partitions)
+        return owners_by_partition(found)
 
     async def _leader(self, stream: str) -> str:
         async def ask(nats: Nats) -> str:
@@ -144,6 +165,12 @@ class Outages:
                     pass  # a server is down; ask again
                 await trio.sleep(_POLL_SECONDS)
         raise Failure(f"{otherwise} within {WAIT_SECONDS:g} s")
+
+
+async def _signals(client: httpx.AsyncClient, node: Node) -> int:
+    """The number of signals that a query node has from the last hour."""
+    response = await client.get(f"{node.addresses['api']}/api/v1/signals/summary")
+    return int(response.json()["total"])
 
 
 def _names(partitions: list[int]) -> str:

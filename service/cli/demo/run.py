@@ -84,10 +84,10 @@ def demo(
     once, on any free ports, and the signals are compared with the expected ones: exit code 1 if
     one is missing or unexpected.
 
-    With --cluster, three NATS servers, two edges, three evaluators and a query node run on this
-    machine. An evaluator, an edge and the leader of a stream are killed and started again, and at
-    the end a table shows which signals were due and found. Without --once this repeats until
-    Ctrl-C.
+    With --cluster, three NATS servers, two edges, three evaluators and two query nodes run on this
+    machine. An evaluator, an edge, the leader of a stream and a query node are killed and started
+    again, and at the end a table shows which signals were due and found. Without --once this
+    repeats until Ctrl-C.
 
     \b
     Examples:

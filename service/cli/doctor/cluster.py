@@ -70,11 +70,12 @@ async def _streams(settings: ClusterSettings) -> tuple[list[str], list[StreamSta
     client = await NatsClient.connect(settings, "betrace doctor")
     try:
         problems: list[str] = []
+        generations = None
         try:
-            await setup.check(client, settings)
+            generations = await setup.check(client, settings)
         except SetupError as error:
             problems = error.problems
-        return problems, await survey_streams(client, Layout.of(settings))
+        return problems, await survey_streams(client, Layout.of(settings, generations))
     finally:
         await client.close()
 

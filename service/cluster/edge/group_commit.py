@@ -2,12 +2,14 @@
 
 Each partition has a group that is being filled. It is sent when it has 256 KiB or is 50 ms old; at
 once if nothing of the partition is in flight, as long as few messages are sent. At most two
-messages per partition are in flight, which keeps the log busy while the next group fills.
+messages per partition are in flight, which keeps the log busy while the next group fills. When a
+group is sent, those of all other partitions are sent too: a request usually has spans for many
+partitions, and messages that are sent together cost less.
 
 An append whose outcome is unknown is repeated with the same message id
-(:meth:`~betrace.service.storage.jetstream.spans.SpanStreams.append`), for a bounded time. Then the
-requests are refused although their spans may have been stored. Clients send them again, and spans
-that are repeated count once.
+(:meth:`~betrace.service.storage.jetstream.spans.SpanStreams.append_each`), for a bounded time. Then
+the requests are refused although their spans may have been stored. Clients send them again, and
+spans that are repeated count once.
 """
 
 from __future__ import annotations
@@ -21,37 +23,30 @@ from dataclasses import dataclass
 from typing import Final
 
 import trio
+from outcome import Error, Outcome
 
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.edge.groups import FRAME_BYTES, AppendGroup, Written
+from betrace.service.cluster.edge.partition_groups import (
+    NO_QUORUM,
+    Eagerness,
+    PartitionGroups,
+    due_at,
+)
 from betrace.service.otlp.split import USUAL_BYTES, BodyPart
 from betrace.service.pipeline.request import Refused
 from betrace.service.storage.jetstream.errors import StreamFull
-from betrace.service.storage.jetstream.spans import SpanStreams
+from betrace.service.storage.jetstream.spans import Append, SpanStreams
 
 _log = logging.getLogger("service.edge")
 
-SEND_BYTES = 256 * 1024  # uncompressed
-LINGER_SECONDS = 0.05
-MOST_IN_FLIGHT = 2  # messages per partition
 APPEND_SECONDS = 8.0  # exporters give up after 10 s
-STALL_SECONDS = 3.0
-"""A partition whose oldest append has taken this long gets no further spans until it is done."""
 INLINE_BYTES = 128 * 1024  # packed on Trio's thread, in about 0.15 ms
-
-# Messages that are sent before their group is full or old, because nothing is in flight. A message
-# costs about as much CPU time as ten spans.
-_EAGER_PER_SECOND = 100
-_EAGER_BURST = 100
 
 REFUSE_SECONDS = 1.0
 """After a refused append, a partition gets no spans for this long: a request that would be refused
 by one partition should not be stored by the others."""
 
-NO_QUORUM = (
-    "the cluster's log does not acknowledge spans now (no quorum, or no connection); some of this "
-    "request's spans may have been stored: send all of them again later, they count once"
-)
 FULL = (
     "a partition of the cluster's log is full; send the spans again later (operators: raise "
     "cluster.partition_bytes, or find out why evaluators are behind)"
@@ -78,54 +73,6 @@ class CommitCounts:
     """Messages sent at once, because nothing of the partition was in flight."""
 
 
-class _Partition:
-    """The groups of one partition."""
-
-    __slots__ = (
-        "changed",
-        "filling",
-        "full",
-        "in_flight",
-        "number",
-        "refused",
-        "refused_until",
-        "spans",
-    )
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.filling: AppendGroup | None = None
-        self.full: deque[AppendGroup] = deque()
-        self.in_flight: dict[AppendGroup, float] = {}  # since when
-        self.changed = trio.Event()
-        self.refused: Refused | None = None  # of the last append
-        self.refused_until = -math.inf
-        self.spans = 0  # acknowledged
-
-    def refusal(self, now: float) -> Refused | None:
-        """Why no more parts are taken now."""
-        if now < self.refused_until:
-            return self.refused
-        oldest = next(iter(self.in_flight.values()), math.inf)
-        return Refused(503, NO_QUORUM) if now - oldest >= STALL_SECONDS else None
-
-
-class _Eagerness:
-    """Bounds how many messages are sent eagerly (a token bucket)."""
-
-    def __init__(self) -> None:
-        self._left = float(_EAGER_BURST)
-        self._at = -math.inf
-
-    def admits(self, now: float) -> bool:
-        self._left = min(_EAGER_BURST, self._left + (now - self._at) * _EAGER_PER_SECOND)
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
-
-
 class GroupCommit:
     """Appends parts to the partitions' logs.
 
@@ -146,10 +93,11 @@ class GroupCommit:
         self._most_group: Final = most_group_bytes
         self._join_bytes: Final = min(most_group_bytes, USUAL_BYTES)
         self._most_bytes: Final = most_bytes
-        self._partitions = [_Partition(number) for number in range(partitions)]
-        self._eager = _Eagerness()
+        self._partitions = [PartitionGroups(number) for number in range(partitions)]
+        self._eager = Eagerness()
         self._id: Final = uuid.uuid4().hex
         self._sent = 0
+        self._changed = trio.Event()
         self._empty = trio.Event()
         self._empty.set()
         self.buffered_bytes = 0
@@ -182,11 +130,11 @@ class GroupCommit:
 
     def refusal(self, partition: int) -> Refused | None:
         """Why a partition takes no spans now."""
-        return self._partitions[partition].refusal(trio.current_time())
+        return self._partition(partition).refusal(trio.current_time())
 
     def add(self, tenant: str, received_ns: int, part: BodyPart, written: Written) -> None:
         """Take a part; ``written`` is called when it is stored, or may not be."""
-        partition = self._partitions[part.partition]
+        partition = self._partition(part.partition)
         group = partition.filling
         if group is not None and group.size + len(part.body) + FRAME_BYTES > self._join_bytes:
             partition.full.append(group)
@@ -198,7 +146,7 @@ class GroupCommit:
         if not self.buffered_bytes:
             self._empty = trio.Event()
         self.buffered_bytes += group.size - before
-        partition.changed.set()
+        self._changed.set()
 
     async def drained(self) -> None:
         """Return when nothing is buffered."""
@@ -207,54 +155,108 @@ class GroupCommit:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Send groups until cancelled."""
         async with trio.open_nursery() as nursery:
-            for partition in self._partitions:
-                nursery.start_soon(self._serve, partition, nursery)
             task_status.started()
+            while True:
+                self._changed = trio.Event()
+                groups = self._take(trio.current_time())
+                if groups:
+                    nursery.start_soon(self._send, groups)
+                    await trio.lowlevel.checkpoint()
+                    continue
+                with trio.move_on_at(self._next_due()):
+                    await self._changed.wait()
 
-    async def _serve(self, partition: _Partition, nursery: trio.Nursery) -> None:
-        while True:
-            partition.changed = trio.Event()
-            group = self._next(partition)
-            if group is not None:
-                partition.in_flight[group] = trio.current_time()
-                nursery.start_soon(self._send, partition, group)
-                continue
-            filling = partition.filling
-            waits = filling is not None and len(partition.in_flight) < MOST_IN_FLIGHT
-            deadline = filling.since + LINGER_SECONDS if filling and waits else math.inf
-            with trio.move_on_at(deadline):
-                await partition.changed.wait()
+    def _partition(self, number: int) -> PartitionGroups:
+        """The partition with this number; partitions are added when the cluster is resized."""
+        while number >= len(self._partitions):
+            self._partitions.append(PartitionGroups(len(self._partitions)))
+        return self._partitions[number]
 
-    def _next(self, partition: _Partition) -> AppendGroup | None:
-        """The group that is to be sent now."""
-        if len(partition.in_flight) >= MOST_IN_FLIGHT:
-            return None
-        if partition.full:
-            return partition.full.popleft()
-        group = partition.filling
-        if group is None:
-            return None
-        now = trio.current_time()
-        if group.size < SEND_BYTES and now < group.since + LINGER_SECONDS:
-            if partition.in_flight or not self._eager.admits(now):
-                return None
-            self.counts.eager += 1
-        partition.filling = None
-        return group
+    def _take(self, now: float) -> list[tuple[PartitionGroups, AppendGroup]]:
+        """The groups that are sent now, one for each partition that has one: if one of them is due,
+        or the partition of one is idle."""
+        free = [each for each in self._partitions if (each.filling or each.full) and each.is_free]
+        if not any(each.is_due(now) for each in free):
+            if all(each.in_flight for each in free) or not self._eager.admits(now):
+                return []
+            self.counts.eager += len(free)
+        self._eager.sent(len(free))
+        return [(each, group) for each in free if (group := each.take())]
 
-    async def _send(self, partition: _Partition, group: AppendGroup) -> None:
-        refused: Refused | None = Refused(503, FAILED)
-        try:
-            refused = await self._append(partition.number, group)
-            if refused is not None:
+    def _next_due(self) -> float:
+        """When the next group is old enough."""
+        waiting = (each for each in self._partitions if each.filling and each.is_free)
+        return min((due_at(each.filling) for each in waiting if each.filling), default=math.inf)
+
+    async def _send(self, groups: list[tuple[PartitionGroups, AppendGroup]]) -> None:
+        unanswered = dict(enumerate(groups))
+        sizes: list[int] = []
+
+        def done(number: int, result: Outcome[int]) -> None:
+            partition, group = unanswered.pop(number)
+            refused = self._refused(partition, result)
+            if refused is None:
+                self._count(partition, group, sizes[number])
+            else:
                 self._refuse_waiting(partition, refused)
+            self._end(partition, group, refused)
+
+        failed = False
+        try:
+            messages = await self._pack([group for _, group in groups])
+            sizes += map(len, messages)
+            appends = [
+                Append(partition.number, message, self._next_id())
+                for (partition, _), message in zip(groups, messages, strict=True)
+            ]
+            with trio.move_on_after(APPEND_SECONDS):
+                await self._streams.append_each(appends, done)
         except Exception:
-            self.counts.failed += 1
-            _log.exception("spans cannot be appended to partition %d", partition.number)
+            failed = True
+            _log.exception("spans cannot be appended")
         finally:
-            del partition.in_flight[group]
-            self._finish(group, refused)
-            partition.changed.set()
+            for partition, group in unanswered.values():
+                if failed or not sizes:
+                    self.counts.failed += 1
+                    self._end(partition, group, Refused(503, FAILED))
+                else:
+                    self.counts.no_quorum += 1
+                    self._refuse_waiting(partition, Refused(503, NO_QUORUM))
+                    self._end(partition, group, Refused(503, NO_QUORUM))
+
+    async def _pack(self, groups: list[AppendGroup]) -> list[bytes]:
+        if sum(group.size for group in groups) <= INLINE_BYTES:
+            return [group.pack() for group in groups]
+        return await self._threads.run(lambda: [group.pack() for group in groups])
+
+    def _next_id(self) -> str:
+        self._sent += 1
+        return f"{self._id}-{self._sent}"
+
+    def _refused(self, partition: PartitionGroups, result: Outcome[int]) -> Refused | None:
+        """What the outcome of an append means for its requests; None if it is stored."""
+        if not isinstance(result, Error):
+            return None
+        if isinstance(result.error, StreamFull):
+            self.counts.full += 1
+            return Refused(503, FULL)
+        self.counts.failed += 1
+        _log.error(
+            "spans cannot be appended to partition %d", partition.number, exc_info=result.error
+        )
+        return Refused(503, FAILED)
+
+    def _count(self, partition: PartitionGroups, group: AppendGroup, size: int) -> None:
+        spans = group.spans
+        self.counts.messages += 1
+        self.counts.bytes += size
+        self.counts.spans += spans
+        partition.spans += spans
+
+    def _end(self, partition: PartitionGroups, group: AppendGroup, refused: Refused | None) -> None:
+        del partition.in_flight[group]
+        self._finish(group, refused)
+        self._changed.set()
 
     def _finish(self, group: AppendGroup, refused: Refused | None) -> None:
         self.buffered_bytes -= group.size
@@ -262,7 +264,7 @@ class GroupCommit:
         if not self.buffered_bytes:
             self._empty.set()
 
-    def _refuse_waiting(self, partition: _Partition, refused: Refused) -> None:
+    def _refuse_waiting(self, partition: PartitionGroups, refused: Refused) -> None:
         """Refuse what waits for a partition that does not take it, and what comes in the next
         moment."""
         partition.refused = refused
@@ -273,24 +275,3 @@ class GroupCommit:
             partition.filling = None
         for group in waiting:
             self._finish(group, refused)
-
-    async def _append(self, partition: int, group: AppendGroup) -> Refused | None:
-        if group.size <= INLINE_BYTES:
-            data = group.pack()
-        else:
-            data = await self._threads.run(group.pack)
-        self._sent += 1
-        try:
-            with trio.move_on_after(APPEND_SECONDS) as scope:
-                await self._streams.append(partition, data, f"{self._id}-{self._sent}")
-        except StreamFull:
-            self.counts.full += 1
-            return Refused(503, FULL)
-        if scope.cancelled_caught:
-            self.counts.no_quorum += 1
-            return Refused(503, NO_QUORUM)
-        self.counts.messages += 1
-        self.counts.bytes += len(data)
-        self.counts.spans += group.spans
-        self._partitions[partition].spans += group.spans
-        return None

@@ -8,7 +8,7 @@ again, and spans that are repeated count once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -17,6 +17,7 @@ import trio
 
 from betrace.channels import ThreadRunner
 from betrace.service.cluster.edge.group_commit import BUSY, GroupCommit
+from betrace.service.cluster.edge.tenants import IngestTenants
 from betrace.service.otlp.split import BodyPart, TooMuchCopied, split
 from betrace.service.pipeline.batch_audit import BatchAudit
 from betrace.service.pipeline.request import Done, Refused, Request
@@ -28,11 +29,13 @@ from betrace.service.pipeline.scanning import (
     scan_requests,
     scanned_outcome,
 )
+from betrace.service.storage.jetstream.generations import Generation
 
 _COPIES = (
     "The resource attributes of the request are too large to be copied to all partitions that it "
     "has spans for. Send fewer spans with large resources in one request (a smaller batch)."
 )
+CREATED_ANEW = "the tenant was created a moment ago; send the spans again"
 
 
 def group_bytes(max_payload: int) -> int:
@@ -63,16 +66,19 @@ class _Split:
 
 class EdgeIngest:
     """The handler of the span-ingestion stage of an edge. Each call waits for the log, so the stage
-    needs many workers. ``audit`` records each accepted request."""
+    needs many workers. ``partitions`` returns the current ones; ``audit`` records each accepted
+    request, and ``tenants`` knows their names in the log."""
 
     def __init__(
         self,
         commit: GroupCommit,
         threads: ThreadRunner,
-        partitions: int,
+        partitions: Callable[[], Generation],
         max_body_bytes: int,
         audit: BatchAudit | None = None,
+        tenants: IngestTenants | None = None,
     ) -> None:
+        self._tenants = tenants
         self._commit = commit
         self._threads = threads
         self._partitions: Final = partitions
@@ -104,16 +110,32 @@ class EdgeIngest:
                 all_answered.set()
 
         for found in splits:
+            name = self._log_name(found, waiting)
             for part, concerned in self._taken(found, waiting):
                 for each in concerned:
                     each.left += 1
-                self._commit.add(found.tenant, found.received_ns, part, partial(written, concerned))
+                self._commit.add(name, found.received_ns, part, partial(written, concerned))
         for each in waiting:
             if not each.left:
                 self._answer(each)
                 unanswered -= 1
         if unanswered:
             await all_answered.wait()
+
+    def _log_name(self, found: _Split, waiting: list[_Unanswered]) -> str:
+        """The tenant's name in the log. If the tenant was deleted since its requests were received,
+        nothing of them is stored."""
+        tenants = self._tenants
+        if tenants is None:
+            return found.tenant
+        if tenants.was_deleted(found.tenant):
+            concerned = [waiting[number] for _, numbers in found.parts for number in numbers]
+            for each in concerned:
+                each.refused = tenants.refusal(found.tenant, each.request.received_ns)
+            if any(each.refused is not None for each in concerned):
+                for each in concerned:  # they may share parts
+                    each.refused = each.refused or Refused(503, CREATED_ANEW)
+        return tenants.log_name(found.tenant)
 
     def _taken(
         self, found: _Split, waiting: list[_Unanswered]
@@ -125,13 +147,13 @@ class EdgeIngest:
         if not self._commit.has_room([part for part, _ in parts]):
             for _, concerned in parts:
                 for each in concerned:
-                    each.refused = Refused(503, BUSY)
+                    each.refused = each.refused or Refused(503, BUSY)
             return
         for part, concerned in parts:
             refused = self._commit.refusal(part.partition)
             if refused is not None:
                 for each in concerned:
-                    each.refused = refused
+                    each.refused = each.refused or refused
         for part, concerned in parts:
             others = [each for each in concerned if each.refused is None]
             if others:
@@ -163,7 +185,8 @@ class EdgeIngest:
     ) -> list[_Split]:
         batch, numbers = scanned.batch, scanned.numbers
         try:
-            parts, too_large = split(batch, self._partitions, self._most_span)
+            current = self._partitions()
+            parts, too_large = split(batch, current.count, self._most_span, current.first)
         except TooMuchCopied:
             return self._split_each(scanned, requests, outcomes)
         for body in too_large:

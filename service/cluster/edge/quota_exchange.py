@@ -16,19 +16,18 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 import trio
 
 from betrace.channels import TransientError
+from betrace.service.cluster.requests import subscribed
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.tenancy.quotas import SpanQuotas
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
-
-    from betrace.service.storage.jetstream.nats import Nats
 
 _log = logging.getLogger("service.edge")
 
@@ -141,28 +140,17 @@ class QuotaExchange:
             except (trio.WouldBlock, trio.BrokenResourceError):
                 _log.debug("a report about quotas was dropped")
 
-        async def subscribe(nats: Nats) -> Any:
-            async def received(message: Msg) -> None:
-                with suppress(trio.RunFinishedError):
-                    token.run_sync_soon(deliver, message.data)
+        async def received(message: Msg) -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(deliver, message.data)
 
-            return await nats.nc.subscribe(self._subject, cb=received)
-
-        subscription = await self._client.call(subscribe)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._receive, receive)
-                await self._publish(hello=True)
-                await trio.sleep(HELLO_SECONDS)
-                self._shares.divide(trio.current_time())
-                task_status.started()
-                await self._report()
-        finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(1):
-                try:
-                    await self._client.call(lambda nats: subscription.unsubscribe())
-                except Exception as error:  # the connection is gone
-                    _log.debug("cannot unsubscribe: %s", error)
+        async with subscribed(self._client, self._subject, received), trio.open_nursery() as tasks:
+            tasks.start_soon(self._receive, receive)
+            await self._publish(hello=True)
+            await trio.sleep(HELLO_SECONDS)
+            self._shares.divide(trio.current_time())
+            task_status.started()
+            await self._report()
 
     async def _receive(self, receive: trio.MemoryReceiveChannel[bytes]) -> None:
         async for data in receive:

@@ -7,14 +7,16 @@ way: whatever part of them is done, the result is the same.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 
-def assign(partitions: int, members: Collection[str], owners: Mapping[int, str]) -> dict[int, str]:
+def assign(
+    partitions: Sequence[int], members: Collection[str], owners: Mapping[int, str]
+) -> dict[int, str]:
     """The owner that each partition should have; empty if there are no members.
 
     Args:
-      partitions: how many there are.
+      partitions: their numbers, ascending.
       members: the names of the evaluators that may own partitions: alive and not draining.
       owners: the present owners; a partition without one is absent. Owners that are not members
         keep nothing.
@@ -24,9 +26,9 @@ def assign(partitions: int, members: Collection[str], owners: Mapping[int, str])
     names = sorted(set(members))
     owned: dict[str, list[int]] = {name: [] for name in names}
     free: list[int] = []
-    for partition in range(partitions):
+    for partition in partitions:
         owned.get(owners.get(partition, ""), free).append(partition)
-    quota = _quotas(partitions, owned)
+    quota = _quotas(len(partitions), owned)
     assigned: dict[int, str] = {}
     for name in names:
         kept = owned[name][: quota[name]]

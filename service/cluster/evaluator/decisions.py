@@ -1,8 +1,8 @@
 """Decides the due traces of a partition.
 
-Everything here depends on the log alone, never on the time that work takes: rules that relate spans
-are judged when traces close, not while they are open, and how many traces are read back to be
-marked as incomplete depends on log time.
+Everything here depends on the log alone, never on the time that work takes. Log time bounds how
+many open traces are read to judge rules that relate spans, and how many closed ones to be marked
+as incomplete.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from betrace.channels import TransientError
+from betrace.service.cluster.evaluator.log_pace import LogPace
 from betrace.service.cluster.output import NotJudged
 from betrace.service.pipeline.incomplete import mark_now
 from betrace.service.pipeline.read_back import ReadBack
@@ -21,7 +22,7 @@ from betrace.service.signals import Kind, Signal
 from betrace.service.storage.undecided import UndecidedTrace
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import FIRST_SEEN, LAST_SEEN, LO, POSITION_COUNT
-from betrace.service.traces.relational import ReadingPace, RelationalRules
+from betrace.service.traces.relational import RelationalRules
 from betrace.service.traces.verdicts import Decided, decide_due
 
 _log = logging.getLogger("service.cluster.decisions")
@@ -49,7 +50,8 @@ class Decisions:
 
     def __init__(self, read_back: ReadBack) -> None:
         self._read_back = read_back
-        self._relational = RelationalRules(read_back.traces, pace=ReadingPace(0.0, 0.0))
+        self._pace = LogPace()
+        self._relational = RelationalRules(read_back.traces, pace=self._pace)
         self._early: dict[str, None] = {}  # ids of signals raised early, oldest first
         self._paid_ns = 0  # log time up to which reading for marks is used up
         self.failed = 0
@@ -82,6 +84,7 @@ class Decisions:
     def _decide(self, due: DueTraces, moment: LogMoment) -> Decided:
         if due.rules.read_back and due.spilled is not None:
             self._read_back.note(due.tenant, due.spilled)
+        self._pace.log_ns = moment.log_ns
         decided = decide_due(due, moment.time_ns, self._relational)
         decided.signals = self._new(due, decided.signals)
         self._mark(decided, moment.log_ns)
@@ -145,11 +148,17 @@ class Decisions:
         whole.due_ns = due.received_ns
         return whole, undecided
 
+    def forget(self, tenant: str) -> None:
+        """Forget the signals of a tenant, because it was deleted. Those that were raised early are
+        forgotten in time."""
+        self._relational.forget(tenant)
+
     def saved(self) -> dict[str, Any]:
         """What is known, as JSON, for a snapshot."""
         return {
             "early": list(self._early),
             "relational": self._relational.saved(),
+            "early_reading": self._pace.saved(),
             "spilled": self._read_back.saved(),
             "paid_ns": self._paid_ns,
         }
@@ -158,6 +167,8 @@ class Decisions:
         """Continue from what :meth:`saved` returned."""
         self._early = dict.fromkeys(saved["early"])
         self._relational.restore(saved["relational"])
+        if "early_reading" in saved:  # not in snapshots of version 0.3.0
+            self._pace.restore(saved["early_reading"])
         self._read_back.restore(saved["spilled"])
         self._paid_ns = saved["paid_ns"]
 

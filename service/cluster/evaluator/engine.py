@@ -16,8 +16,11 @@ from betrace.service.cluster.evaluator.group import MessageGroup, bad_frames, sc
 from betrace.service.cluster.evaluator.partition_traces import PartitionTraces
 from betrace.service.cluster.evaluator.rules import RulesInForce
 from betrace.service.cluster.output import Counts, DeadMessage, NotJudged
+from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.otlp.columns import SpanBatch
 from betrace.service.storage.jetstream.envelope import RulesMarker, Tick
+from betrace.service.storage.jetstream.layout import pack_log_position
+from betrace.service.tenants import log_name, split_log_name
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.verdicts import Decided
 
@@ -67,9 +70,13 @@ class PartitionEngine:
         found = Results(dead=group.dead)
         if isinstance(group.content, RulesMarker):
             self._change_rules(group, group.content, found)
+        self._note_generations(group)
         spans = 0
         for batch in group.batches(self._partition):
             spans += len(batch)
+            if not self.rules.is_current(batch.tenant):
+                self.counts.deleted_spans += len(batch)
+                continue
             yield from self._fold_tenant(batch, group, found)
         due: list[DueTraces] = []
         _repeated(lambda: self.traces.take_due(due))
@@ -90,11 +97,31 @@ class PartitionEngine:
 
     def _change_rules(self, group: MessageGroup, marker: RulesMarker, found: Results) -> None:
         sequence = group.last.sequence
-        problems = self.rules.change(marker.tenant, marker.revision, marker.definitions, sequence)
+        position = pack_log_position(self._partition, group.last.sequence)
+        if marker.tenant.startswith(GONE):
+            self._delete(marker.tenant.removeprefix(GONE), marker.revision, position)
+            return
+        problems = self.rules.change(marker.tenant, marker.revision, marker.definitions, position)
         self.counts.bad_rules += len(problems)
         for problem in problems:
             _log.error("a rule of %s cannot be used: %s", marker.tenant, problem)
             found.dead.append(DeadMessage(sequence, marker.tenant, problem))
+
+    def _note_generations(self, group: MessageGroup) -> None:
+        """Note tenants that were deleted and created again, if their new spans come before the
+        marker that says so."""
+        for message, frame in group.frames:
+            tenant, generation = split_log_name(frame.tenant)
+            if generation > self.rules.generation(tenant):
+                position = pack_log_position(self._partition, message.sequence)
+                self._delete(tenant, generation, position)
+
+    def _delete(self, tenant: str, generation: int, position: int) -> None:
+        """Forget everything of a tenant from before its deletion."""
+        former = log_name(tenant, self.rules.generation(tenant))
+        if self.rules.delete(tenant, generation, position):
+            self.traces.forget(former)
+            self.decisions.forget(former)
 
     def _fold_tenant(
         self, batch: SpanBatch, group: MessageGroup, found: Results

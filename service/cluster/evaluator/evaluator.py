@@ -52,34 +52,31 @@ class Evaluator:
         self._backoff: dict[int, tuple[float, float]] = {}  # seconds, and until when
         self._stopping = trio.Event()
         self._changed = trio.Event()  # an owner ended
-        partitions = parts.settings.partitions
-        self.statuses = [PartitionStatus(partition) for partition in range(partitions)]
-        """The state of each partition at this node, for metrics."""
+        self.statuses: list[PartitionStatus] = []
+        """The state of each partition at this node, former ones included, by number."""
+        self._add_statuses()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own partitions until :meth:`stop`. Starts once the members are known. A task that is
         cancelled drops everything, like a process that is killed."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._parts.rules.run)
+            nursery.start_soon(self._parts.leases.run)
             await self._membership.ready.wait()
+            await self._parts.leases.ready.wait()
             task_status.started()
+            nursery.start_soon(self._renew_often)
             nursery.start_soon(self._assign_often, nursery)
             await self._stopping.wait()
             with trio.move_on_after(self._grace):
                 await self._hand_over_all()
+                await self._leave()
             nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
         """Hand over all partitions, then end :meth:`run`."""
         self._membership.draining = True
         self._stopping.set()
-
-    async def drain(self) -> None:
-        """Hand over all partitions to the other evaluators; returns when this node has none."""
-        self._membership.draining = True
-        await self._membership.beat()
-        while any(status.owned for status in self.statuses):
-            await self._next_change()
 
     @property
     def owned(self) -> list[int]:
@@ -103,26 +100,49 @@ class Evaluator:
         with trio.move_on_after(self._parts.settings.heartbeat_seconds):
             await self._changed.wait()
 
+    async def _renew_often(self) -> None:
+        """Keep the leases of all partitions."""
+        seconds = self._parts.settings.heartbeat_seconds
+        while True:
+            try:
+                with trio.move_on_after(seconds):
+                    await self._parts.leases.renew()
+            except TransientError as error:
+                _log.debug("the leases are not renewed: %s", error)
+            await trio.sleep(seconds)
+
+    async def _leave(self) -> None:
+        try:
+            await self._parts.leases.leave()
+        except TransientError as error:
+            _log.debug("what shows that this process is alive is not removed: %s", error)
+
     async def _assign_often(self, nursery: trio.Nursery) -> None:
         """Follow the assignment. Draining nodes get nothing, so a stop starts no owner either."""
+        leases = self._parts.leases
         while True:
-            changed = self._membership.changed
-            try:
-                owners = await self._owners()
-            except TransientError as error:
-                _log.debug("the leases cannot be read: %s", error)
-            else:
-                self._follow(owners, nursery)
+            changed, resized = self._membership.changed, self._parts.partitions.changed
+            self._add_statuses()
+            self._follow(owners_by_partition(leases.owners()), nursery)
             async with trio.open_nursery() as waiting:
                 waiting.cancel_scope.deadline = (
                     trio.current_time() + self._parts.settings.heartbeat_seconds
                 )
-                for event in (changed, self._changed):
+                for event in (changed, resized, self._changed):
                     waiting.start_soon(_cancel_when, event, waiting.cancel_scope)
 
-    async def _owners(self) -> dict[int, str]:
-        """The owners of the partitions' leases."""
-        return owners_by_partition(await self._parts.leases.owners(), len(self.statuses))
+    def _add_statuses(self) -> None:
+        total = self._parts.partitions.generations.total
+        self.statuses += map(PartitionStatus, range(len(self.statuses), total))
+
+    @property
+    def active_statuses(self) -> list[PartitionStatus]:
+        """The state of the partitions that need an owner, for metrics."""
+        return [
+            self.statuses[partition]
+            for partition in self._parts.partitions.active()
+            if partition < len(self.statuses)
+        ]
 
     def _follow(self, owners: dict[int, str], nursery: trio.Nursery) -> None:
         """Start and end owners as the assignment demands."""
@@ -130,7 +150,7 @@ class Evaluator:
         able = [name for name, member in members.items() if not member.draining]
         if self._membership.draining:  # known here before the heartbeat is
             able = [name for name in able if name != self._parts.node]
-        assigned = assign(len(self.statuses), able, owners)
+        assigned = self._assigned(able, owners)
         for status in self.statuses:
             partition = status.partition
             status.owner = owners.get(partition, "")
@@ -142,6 +162,16 @@ class Evaluator:
                 running.owner.finish()
             elif running is not None and not status.owned:
                 running.scope.cancel()
+
+    def _assigned(self, able: list[str], owners: dict[int, str]) -> dict[int, str]:
+        """The owner that each partition should have. Generations are balanced by themselves, and
+        with their finished partitions, so none moves because another one is finished."""
+        found: dict[int, str] = {}
+        for partitions, active in self._parts.partitions.by_generation():
+            if active:
+                assigned = assign(partitions, able, owners)
+                found |= {each: assigned[each] for each in active if each in assigned}
+        return found
 
     def _may_start(self, partition: int) -> bool:
         _, until = self._backoff.get(partition, (0.0, 0.0))

@@ -14,6 +14,7 @@ import trio
 from betrace.channels import ThreadRunner
 from betrace.service.cluster import output
 from betrace.service.cluster.output import Output
+from betrace.service.cluster.rounds import round_after
 from betrace.service.storage.jetstream.errors import StreamFull
 from betrace.service.storage.jetstream.fenced import FencedLog
 
@@ -22,6 +23,9 @@ _log = logging.getLogger("service.cluster.output")
 MOST_WAITING_ROWS = 20_000
 SOON_ROWS = 2_000
 """So many rows are appended as soon as possible even if no signal is among them."""
+INLINE_ROWS = 50
+"""So many rows are packed on Trio's thread, in about 0.2 ms."""
+
 HEARTBEAT_SECONDS = 1.0
 _RETRY_SECONDS = 1.0
 
@@ -89,19 +93,24 @@ class OutputWriter:
     async def run(self) -> None:
         """Append until cancelled. Raises :exc:`Fenced` when another owner has taken over."""
         while True:
-            with trio.move_on_after(HEARTBEAT_SECONDS):
+            with trio.move_on_at(round_after(trio.current_time(), HEARTBEAT_SECONDS)):
                 await self._wake.wait()
             self._wake = trio.Event()
             if self._waiting is None or not self._has_new:
                 continue
             found, self._waiting = self._waiting, None
             self._in_flight = True
-            for message in await self._threads.run(output.pack, found):
+            for message in await self._pack(found):
                 await self._append(message)
             self.upto, self.step = found.upto, found.step
             self._in_flight = False
             self._stored.set()
             self._stored = trio.Event()
+
+    async def _pack(self, found: Output) -> list[bytes]:
+        if found.rows <= INLINE_ROWS:
+            return output.pack(found)
+        return await self._threads.run(output.pack, found)
 
     async def _append(self, message: bytes) -> None:
         while True:

@@ -12,6 +12,9 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from betrace.service.config.settings import Settings
 from betrace.service.otlp.columns import Rows, SpanBatch
 from betrace.service.pipeline.open_traces import OpenTraces
@@ -26,6 +29,8 @@ from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.layout import CLOSED, FIRST_SEEN, LAST_SEEN, STATE
 from betrace.service.traces.limits import LateSpans, TraceLimits
 from betrace.service.traces.tenant_traces import History, Recalled
+
+Wanted = npt.NDArray[np.bool_]
 
 INDEX_LAG_NS = 5_000_000_000
 """Closed traces stay in memory at least for this log time. By then query nodes should have them, so
@@ -93,6 +98,13 @@ class PartitionTraces:
         with self._traces.lock:
             self._clock.close_due(due)
 
+    def forget(self, tenant: str) -> None:
+        """Drop all traces of a tenant, because it was deleted."""
+        with self._traces.lock:
+            self._traces.forget(tenant)
+            self._clock.forget(tenant)
+        self._traces.progress.forget(tenant)
+
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
         """A copy of a trace, with the server's times. May be called from any thread; waits while a
         batch is folded."""
@@ -136,6 +148,12 @@ class PartitionTraces:
         self._closed.restore(rest["filter"], filters)
         self._clock.restore(rest["clock"])
         self.now_ns = snapshot.taken_ns
+
+    def keep(self, wanted: Callable[[str, Rows], Wanted]) -> None:
+        """Drop all traces, open or closed, but those that are wanted: ``wanted`` returns for rows
+        (hi, lo) of a tenant which of them are."""
+        with self._traces.lock:
+            self._traces.keep(wanted)
 
     def _recall(self, tenant: str, ids: Rows) -> Iterator[Recalled]:
         """Read closed traces back, with times as log time."""

@@ -1,22 +1,34 @@
-"""The rules of all tenants as the bucket has them, for the owners of partitions.
+"""The rules of all tenants as the bucket has them, and which tenants were deleted, for the owners
+of partitions.
 
 One watch serves all partitions of an evaluator. An owner appends a marker for each tenant whose
-revision its partition does not have yet.
+revision its partition does not have yet. A deletion is a marker under a name of its own
+(:data:`betrace.service.cluster.tenant_entries.GONE`).
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import trio
 
 from betrace.service.cluster.rule_keys import PUBLISHED, RULES_PREFIX
-from betrace.service.storage.jetstream.bucket import ConfigBucket
+from betrace.service.cluster.tenant_entries import (
+    GONE,
+    INGESTION_KEY,
+    TENANTS_PREFIX,
+    TenantEntryError,
+    unpack_tenant,
+)
+from betrace.service.storage.jetstream.bucket import ConfigBucket, Entry
+
+_log = logging.getLogger("service.cluster.owner")
 
 
 @dataclass(frozen=True, slots=True)
 class TenantRules:
-    """The rules of a tenant; without ``definitions`` they were removed."""
+    """The rules of a tenant; without ``definitions`` they were removed, or the tenant was."""
 
     tenant: str
     revision: int
@@ -34,15 +46,26 @@ class RuleFeed:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        async for entry in self._bucket.watch(RULES_PREFIX):
-            self.note(entry.key, entry.revision, entry.value)
+        async for entry in self._bucket.watch():
+            self.note(entry)
 
-    def note(self, key: str, revision: int, value: bytes | None) -> None:
+    def note(self, entry: Entry) -> None:
         """Take an entry of the bucket into account."""
-        tenant = key.removeprefix(RULES_PREFIX)
+        if entry.key.startswith(RULES_PREFIX):
+            self._set(entry.key.removeprefix(RULES_PREFIX), entry.revision, entry.value or b"")
+        elif entry.key.startswith(TENANTS_PREFIX) and entry.key != INGESTION_KEY:
+            try:
+                tenant = unpack_tenant(entry)
+            except TenantEntryError as error:
+                _log.error("%s", error)
+            else:
+                if tenant.generation:
+                    self._set(GONE + tenant.name, tenant.generation, b"")
+
+    def _set(self, tenant: str, revision: int, definitions: bytes) -> None:
         known = self._latest.get(tenant)
         if known is None or known.revision < revision:
-            self._latest[tenant] = TenantRules(tenant, revision, value or b"")
+            self._latest[tenant] = TenantRules(tenant, revision, definitions)
             self.changed.set()
             self.changed = trio.Event()
 

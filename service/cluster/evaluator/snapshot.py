@@ -19,7 +19,8 @@ from betrace.service.otlp.columns import Rows
 from betrace.service.traces import checkpoint
 from betrace.service.traces.checkpoint import Snapshot
 
-_FORMAT = 2
+_FORMAT = 3
+_FORMER = 2  # the rules' versions had sequences instead of positions
 _LENGTHS = struct.Struct("<QQ")
 _LEVEL = 1
 
@@ -31,6 +32,11 @@ class PartitionSnapshot:
     header: dict[str, Any]
     traces: Snapshot
     filters: Rows
+
+    @property
+    def rules_by_sequence(self) -> bool:
+        """Whether the rules' versions have sequences of the log instead of positions."""
+        return bool(self.header.get("format", _FORMAT) == _FORMER)
 
 
 def encode(snapshot: PartitionSnapshot) -> bytes:
@@ -51,7 +57,7 @@ def decode(data: bytes) -> PartitionSnapshot:
         header_length, traces_length = _LENGTHS.unpack_from(raw)
         at = _LENGTHS.size + header_length
         header = orjson.loads(raw[_LENGTHS.size : at])
-        if header["format"] != _FORMAT:
+        if header["format"] not in (_FORMAT, _FORMER):
             raise LookupError(f"it has format {header['format']}, expected {_FORMAT}")
         traces = checkpoint.decode(memoryview(raw)[at : at + traces_length])
         filters = np.frombuffer(raw, np.int64, offset=at + traces_length).reshape(2, -1)

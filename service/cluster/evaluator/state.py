@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from betrace.service.cluster.evaluator import snapshot as snapshots
@@ -23,10 +23,11 @@ from betrace.service.cluster.evaluator.decisions import Decisions, LogMoment
 from betrace.service.cluster.evaluator.engine import PartitionEngine, Results
 from betrace.service.cluster.evaluator.group import MessageGroup, opened
 from betrace.service.cluster.evaluator.late import IndexAtMessage
-from betrace.service.cluster.evaluator.log_time import BOUNDARY_NS, LogTime
+from betrace.service.cluster.evaluator.log_time import BOUNDARY_NS, CLOSE_EVERY, LogTime
 from betrace.service.cluster.evaluator.partition_traces import (
     INDEX_LAG_NS,
     PartitionTraces,
+    Wanted,
     partition_limits,
 )
 from betrace.service.cluster.evaluator.progress import StoredSteps
@@ -34,12 +35,14 @@ from betrace.service.cluster.evaluator.raised import KnownOutput
 from betrace.service.cluster.evaluator.rules import RulesInForce
 from betrace.service.cluster.evaluator.snapshot import PartitionSnapshot
 from betrace.service.cluster.output import Counts, Output
+from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.config.settings import Settings
+from betrace.service.otlp.columns import Rows
 from betrace.service.pipeline.history import TraceHistory, TraceIndex
 from betrace.service.pipeline.open_traces import NotNow
 from betrace.service.pipeline.read_back import ReadBack
-from betrace.service.storage.jetstream.envelope import RulesMarker, Spans
-from betrace.service.storage.jetstream.layout import pack_log_position, unpack_log_position
+from betrace.service.storage.jetstream.envelope import RulesMarker, Seal, Spans
+from betrace.service.storage.jetstream.layout import pack_log_position
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.traces.due import DueTraces
@@ -66,8 +69,9 @@ class Anchor:
 class PartitionState:
     """Not thread-safe: one call at a time, in a worker thread.
 
-    Order of calls: :meth:`restore` if there is a snapshot; :meth:`note` for each message of
-    ``OUT_p`` after the snapshot's ``out_sequence``; :meth:`begin` if there was no snapshot; then
+    Order of calls: :meth:`restore` if there is a snapshot, or else :meth:`inherit` if the partition
+    continues another one; :meth:`note` for each message of ``OUT_p`` after the snapshot's
+    ``out_sequence``; :meth:`begin` if the state is still :attr:`empty`; then
     :meth:`apply` with the messages after :attr:`received`, as they come; :meth:`stored` whenever an
     output is stored in ``OUT_p``.
 
@@ -97,6 +101,13 @@ class PartitionState:
         """Why the last call of :meth:`apply` stopped before the end: the index or the log cannot
         be read now. Call it again a little later, also without messages. Until then there is no
         snapshot."""
+        self.sealed = False
+        """Whether the log has ended: later messages belong to the partitions that continue it."""
+        self.empty = True
+        """Whether nothing was applied, restored or inherited."""
+        self.inherited_output: tuple[int, int] | None = None
+        """The parent, and the sequence of its output that the index must have applied, as long as
+        this partition has no output of its own."""
         max_body = settings.ingest.max_body_bytes
         self._index = IndexAtMessage(index, self._position, self._missing)
         rules = RulesInForce()
@@ -104,7 +115,7 @@ class PartitionState:
             self._index,
             log,
             max_body,
-            rules_at=lambda tenant, at: rules.at(tenant, unpack_log_position(at)[1]),
+            rules_at=rules.at,
             seconds=lambda: 0.0,
             most_traces=1 << 62,
         )
@@ -139,6 +150,8 @@ class PartitionState:
     def at_rest(self) -> bool:
         """Whether a tick would change nothing: no trace is open, and no message waits."""
         waits = self._work is not None or self._queue or self._group.messages
+        if self.sealed:
+            return True
         return not waits and not self.engine.traces.open_count
 
     @property
@@ -164,6 +177,8 @@ class PartitionState:
         """Begin with these rules, whose markers are still to be applied. For an empty state, before
         anything is applied."""
         for marker in rules:
+            if marker.tenant.startswith(GONE):
+                continue  # what was sent before the deletion is evaluated up to its marker
             self.engine.rules.begin(marker.tenant, marker.revision, marker.definitions)
 
     def apply(self, messages: Sequence[LogMessage]) -> Output | None:
@@ -192,6 +207,9 @@ class PartitionState:
     def _run(self) -> None:
         self.waiting = None
         while self._work is not None or self._queue:
+            if self.sealed:
+                self._queue.clear()
+                return
             if self._work is None:
                 self._work = self._take(self._queue.popleft())
             self.waiting = next(self._work, None)
@@ -205,13 +223,17 @@ class PartitionState:
             self._begin(message)
         content = opened(message)
         now_ns = self._time.of(message.time_ns)
-        crosses = now_ns // BOUNDARY_NS > self._boundary
+        boundary = now_ns // BOUNDARY_NS
+        crosses = boundary > self._boundary
         if self._group.messages and (crosses or isinstance(content, RulesMarker)):
             yield from self._end_group()
         if crosses:
-            moment = LogMoment(now_ns, message.time_ns)
-            self._boundary = now_ns // BOUNDARY_NS
-            found = yield from self.engine.close(self._boundary * BOUNDARY_NS, moment)
+            moment, found = LogMoment(now_ns, message.time_ns), Results()
+            closing = boundary // CLOSE_EVERY
+            closes = closing > self._boundary // CLOSE_EVERY
+            self._boundary = boundary
+            if closes:
+                found = yield from self.engine.close(closing * CLOSE_EVERY * BOUNDARY_NS, moment)
             self._finish(found, moment)
         paused = self._time.advance(message.time_ns) >= PAUSE_NS
         self._group.add(message, content)
@@ -229,8 +251,10 @@ class PartitionState:
         moment = LogMoment(self._time.now_ns, group.last.time_ns)
         found = yield from self.engine.fold(group, moment)
         self.applied, self._last = group.last.sequence, group.last
+        self.empty = False
         self._applied_time = self._time.saved()
         self._finish(found, moment)
+        self.sealed = isinstance(group.content, Seal)
 
     def _finish(self, found: Results, moment: LogMoment) -> None:
         """Complete a step."""
@@ -258,7 +282,8 @@ class PartitionState:
         left = self._known.left_over(self.step)
         if left is not None:
             self._index.clear()
-            self.engine.traces.reconsider(left)
+            rules = self.engine.rules
+            self.engine.traces.reconsider(each for each in left if rules.is_current(each.tenant))
 
     def _position(self) -> int:
         return pack_log_position(self.partition, self.applied)
@@ -302,6 +327,7 @@ class PartitionState:
             "out_sequence": out_sequence,
             "time": self._applied_time,
             "boundary": self._boundary,
+            "sealed": self.sealed,
             "counts": asdict(self.counts),
             "rules": engine.rules.saved(),
             "decisions": engine.decisions.saved(),
@@ -319,7 +345,8 @@ class PartitionState:
             if header["partition"] != self.partition:
                 raise ValueError(f"the snapshot is of partition {header['partition']}")
             engine.traces.restore(found.traces, found.filters, header["traces"])
-            engine.rules.restore(header["rules"])
+            before = pack_log_position(self.partition, 0) if found.rules_by_sequence else 0
+            engine.rules.restore(header["rules"], before)
             engine.rules.adopt(engine.traces.rules_in_use())
             engine.decisions.restore(header["decisions"])
             engine.counts = Counts(**header["counts"])
@@ -331,8 +358,31 @@ class PartitionState:
         self._time.restore(header["time"])
         self._applied_time = header["time"]
         self._boundary = header["boundary"]
+        self.sealed, self.empty = header.get("sealed", False), False
         engine.traces.recalled = engine.counts.recalled
         self._out_sequence = header["out_sequence"]
         self._known.restore(header["unstored"], self.step)
         self._steps.begin(self.step, header["out_sequence"])
         return self._anchor, header["out_sequence"]
+
+    def inherit(self, data: bytes, wanted: Callable[[str, Rows], Wanted]) -> None:
+        """Begin where a partition that this one continues has ended: ``data`` is its snapshot after
+        the seal, and ``wanted`` says which of its traces belong here. Raises ValueError if it
+        cannot be used; make a new state then."""
+        found = snapshots.decode(data)
+        header, engine = found.header, self.engine
+        try:
+            if not header["sealed"]:
+                raise ValueError("the snapshot is not that of a finished partition")
+            engine.traces.restore(found.traces, found.filters, header["traces"])
+            engine.traces.keep(wanted)
+            engine.rules.restore(header["rules"])
+            engine.rules.adopt(engine.traces.rules_in_use())
+            engine.decisions.restore(header["decisions"])
+            self._time.inherit(header["time"])
+            self._boundary = header["boundary"]
+            self.inherited_output = header["partition"], header["out_sequence"]
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"the snapshot is damaged: {error}") from error
+        self._applied_time = self._time.saved()
+        self.empty = False

@@ -13,14 +13,17 @@ import trio
 from betrace.channels import TransientError
 from betrace.service.cluster.evaluator import checkpoints
 from betrace.service.cluster.evaluator.housekeeping import keep_house
+from betrace.service.cluster.evaluator.inheritance import save_final
 from betrace.service.cluster.evaluator.output_writer import OutputWriter
 from betrace.service.cluster.evaluator.parts import OwnerParts
 from betrace.service.cluster.evaluator.rule_markers import MarkerAppends
 from betrace.service.cluster.evaluator.status import PartitionStatus, Phase
+from betrace.service.cluster.evaluator.stragglers import forward_stragglers
 from betrace.service.cluster.evaluator.takeover import TakenOver
 from betrace.service.cluster.output import Output
+from betrace.service.cluster.rounds import next_round
 from betrace.service.pipeline.open_traces import NotNow
-from betrace.service.storage.jetstream.envelope import Tick, pack
+from betrace.service.storage.jetstream.envelope import Seal, Tick, pack
 from betrace.service.storage.jetstream.errors import JetStreamError, LogGap
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from betrace.service.telemetry import events
@@ -32,10 +35,11 @@ RESULT_SECONDS = 0.03
 """A partition that has been quiet for this long and has messages that are not applied, because
 their group has not ended, gets a tick, which ends it."""
 
-GATHER_SECONDS = 0.05
-"""While small messages keep coming, a partition is read this often: reading and applying one
-message costs about as much as several."""
+GATHER_SECONDS = 0.1
+"""While small messages keep coming, all partitions are read this often, at the same moment:
+reading and applying one message costs about as much as several."""
 
+SEAL_SECONDS = 0.25
 _RETRY_SECONDS = 0.5
 _LAG_SECONDS = 2.0
 _MOST_TICK_SECONDS = 5.0
@@ -80,6 +84,7 @@ class PartitionWork:
         self._current = trio.Event()
         self._markers = MarkerAppends(parts, status, taken.state, self._append)
         self._skipped = -1  # the last message of a gap
+        self._read_to = 0, -math.inf  # the end of the log, and when it was read
         self._read_ns = 0  # when the last message that was applied was appended
         self._ticks = 0
 
@@ -96,10 +101,14 @@ class PartitionWork:
                 self._mark_rules,
                 self._save_often,
                 self._keep_house,
+                self._seal,
+                self._forward,
             ):
                 nursery.start_soon(task)
             await self._follow()
             await self._writer.settled()
+            if self.state.sealed:
+                await save_final(self._parts, self.state, self._writer.sequence)
             nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
@@ -108,15 +117,19 @@ class PartitionWork:
 
     async def _follow(self) -> None:
         """Read and apply until reading is stopped."""
+        if self.state.sealed:
+            return
         send, receive = trio.open_memory_channel[list[LogMessage]](1)
         with self._scope:
-            if not self.state.received:
+            if self.state.empty:
                 self.state.begin(await self._markers.first())
                 self._note_progress()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read, send)
                 async for messages in receive:
                     await self._apply(messages)
+                    if self.state.sealed:
+                        self.stop()
 
     async def _read(self, send: trio.MemorySendChannel[list[LogMessage]]) -> None:
         after, quiet_since = self.state.received, trio.current_time()
@@ -139,8 +152,11 @@ class PartitionWork:
             if messages:
                 after, quiet_since = messages[-1].sequence, trio.current_time()
                 await send.send(messages)
-                if trio.current_time() - read_at < 2 * GATHER_SECONDS and _few(messages):
-                    await trio.sleep(GATHER_SECONDS)
+                few = _few(messages)
+                if few:
+                    self._read_to = after, trio.current_time()
+                if few and trio.current_time() - read_at < 2 * GATHER_SECONDS:
+                    await next_round(GATHER_SECONDS)
                 read_at = trio.current_time()
             elif self._needs_tick(after, quiet_since):
                 self._quiet.set()
@@ -206,7 +222,7 @@ class PartitionWork:
         while True:
             received = self.state.received
             try:
-                last = await self._parts.spans.last(self.partition)
+                last = await self._last(received)
             except TransientError:
                 last = received
             if last < received:
@@ -216,7 +232,14 @@ class PartitionWork:
             status.lag_seconds = 0.0
             if status.lag_messages and self._read_ns:
                 status.lag_seconds = max(0.0, (time.time_ns() - self._read_ns) / 1e9)
-            await trio.sleep(_LAG_SECONDS)
+            await next_round(_LAG_SECONDS)
+
+    async def _last(self, received: int) -> int:
+        """The last message of the log; without a request if the reader was there just now."""
+        read, at = self._read_to
+        if read >= received and trio.current_time() - at < _LAG_SECONDS:
+            return read
+        return await self._parts.spans.last(self.partition)
 
     async def _check_end(self, received: int) -> None:
         """Find out whether the log has lost its tail, by an append: a server that is cut off from
@@ -248,6 +271,19 @@ class PartitionWork:
         """Append a marker for rules that the partition does not have yet."""
         await self._current.wait()
         await self._markers.run()
+
+    async def _seal(self) -> None:
+        """Seal the log once spans go to another generation. Edges hear of it at about the same
+        time, and what they append before the seal need not be forwarded."""
+        partitions = self._parts.partitions
+        while not partitions.generations.is_retired(self.partition):
+            await partitions.changed.wait()
+        await trio.sleep(SEAL_SECONDS)
+        while not await self._append(pack(Seal()), "seal"):  # noqa: ASYNC110
+            await trio.sleep(_RETRY_SECONDS)
+
+    async def _forward(self) -> None:
+        await forward_stragglers(self._parts, self.partition)
 
     async def _append(self, data: bytes, message_id: str) -> bool:
         name = f"{self.partition}-{message_id}"

@@ -95,11 +95,12 @@ class AppliedPositions:
 
 @dataclass(frozen=True, slots=True)
 class Cursors:
-    """What the file has: the applied sequences by partition, and the tenants that had a DuckDB file
-    then."""
+    """What the file has: the applied sequences by partition, the tenants that had a DuckDB file
+    then, and the id of the cluster, empty if it was not known."""
 
     applied: dict[int, int]
     tenants: frozenset[str]
+    cluster: str = ""
 
 
 def read_cursors(path: Path) -> Cursors:
@@ -109,7 +110,7 @@ def read_cursors(path: Path) -> Cursors:
         value = orjson.loads(path.read_bytes())
         if value["format"] == _FORMAT:
             applied = {int(partition): int(upto) for partition, upto in value["applied"].items()}
-            return Cursors(applied, frozenset(value["tenants"]))
+            return Cursors(applied, frozenset(value["tenants"]), value.get("cluster", ""))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     return Cursors({}, frozenset())
@@ -128,5 +129,6 @@ def write_cursors(path: Path, cursors: Cursors) -> None:
         "format": _FORMAT,
         "applied": {str(partition): upto for partition, upto in sorted(cursors.applied.items())},
         "tenants": sorted(cursors.tenants),
+        "cluster": cursors.cluster,
     }
     write_atomically(path, orjson.dumps(value))

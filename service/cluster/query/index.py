@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable
 
 from betrace.service.cluster.query.applied import AppliedPositions
 from betrace.service.cluster.query.index_messages import (
@@ -13,6 +13,7 @@ from betrace.service.cluster.query.index_messages import (
     pack_answer,
     unpack_request,
 )
+from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.queries import BadQuery
 from betrace.service.storage.duck.schema import StoreError
@@ -29,7 +30,7 @@ def index_subject(prefix: str) -> str:
 class TraceIndexServer:
     """Answers requests from DuckDB. Blocks; may be called from any thread.
 
-    ``closed`` are the deleted tenants. ``waiting`` says whether rows that count as applied are
+    ``names`` knows the deleted tenants. ``waiting`` says whether rows that count as applied are
     still in fallback files.
     """
 
@@ -37,12 +38,12 @@ class TraceIndexServer:
         self,
         store: DuckStore,
         positions: AppliedPositions,
-        closed: Container[str] = frozenset(),
+        names: TenantNames,
         waiting: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._positions = positions
-        self._closed = closed
+        self._names = names
         self._waiting = waiting
         self.requests = 0
         """Requests answered, also with a problem."""
@@ -60,11 +61,12 @@ class TraceIndexServer:
         return pack_answer(found, request.traces)
 
     def _find(self, request: IndexRequest) -> IndexAnswer:
-        tenant, applied = request.tenant, self._positions.get(request.partition)
-        if problem := self._problem(tenant, applied, request.upto):
+        applied = self._positions.get(request.partition)
+        tenant = self._names.tenant(request.tenant)
+        if problem := self._problem(request.tenant, tenant, applied, request.upto):
             self.behind += 1
             return IndexAnswer(applied, problem=problem)
-        if tenant in self._closed:
+        if tenant is None:
             return IndexAnswer(applied, len(request.traces))
         try:
             rows = self._store.find_traces(tenant, request.traces)
@@ -74,10 +76,12 @@ class TraceIndexServer:
             return IndexAnswer(applied, problem=str(error))
         return IndexAnswer(applied, len(request.traces), rows, dict(raised))
 
-    def _problem(self, tenant: str, applied: int, upto: int) -> str:
+    def _problem(self, name: str, tenant: str | None, applied: int, upto: int) -> str:
         """Why the index does not have everything up to a position of ``OUT``."""
         if applied < upto:
             return "OUT is not applied far enough"
+        if self._names.unknown([name]):
+            return "the tenant was created again, and its former data are not deleted yet"
         if tenant in self._store.incomplete:
             return f"the DuckDB file of {tenant} is rebuilt"
         if self._waiting():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,11 @@ import trio
 from prometheus_client.core import Metric
 
 from betrace.channels import SendChannel, ThreadRunner
+from betrace.service.cluster.duty import Duties
+from betrace.service.cluster.lease_keys import owners_by_duty, owners_by_partition
 from betrace.service.cluster.output import Counts
-from betrace.service.cluster.query import rules as published
+from betrace.service.cluster.partition_map import PartitionMap
+from betrace.service.cluster.query import rules as rule_sharing
 from betrace.service.cluster.query.applied import (
     FILE,
     AppliedPositions,
@@ -23,22 +26,30 @@ from betrace.service.cluster.query.applied import (
 from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog, PartitionFeed
 from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
-from betrace.service.cluster.query.rules import RulePublisher
+from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.rules import RuleSharing
+from betrace.service.cluster.query.tenant_names import CurrentSpans, TenantNames
+from betrace.service.cluster.query.tenants import ClusterTenants
 from betrace.service.cluster.requests import serve_requests
+from betrace.service.cluster.tenant_entries import INGESTION_KEY, pack_ingestion
+from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.pipeline.progress import InFlight
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.storage.jetstream.bucket import ConfigBucket
+from betrace.service.storage.jetstream.bucket import ConfigBucket, Entry
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.envelope import Tick, pack
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch
 from betrace.service.storage.jetstream.spans import SpanStreams
+from betrace.service.storage.partition_log import PartitionLog
 from betrace.service.storage.undecided import UndecidedStore
 from betrace.service.traces.verdicts import Decided
 
 _log = logging.getLogger("service.query")
 
 STATUS_SECONDS = 2.0
+DRAIN_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +62,7 @@ class QueryStores:
     rules: RuleStore
     closed: Collection[str]
     """The deleted tenants."""
+    names: TenantNames
     waiting: Callable[[], bool]
     """Whether rows wait in fallback files for DuckDB."""
     threads: ThreadRunner
@@ -68,14 +80,18 @@ class OtherRoles(Protocol):
     def members(self) -> list[dict[str, Any]]:
         """The nodes of the cluster that are alive, as JSON."""
 
+    def edges_are_paused(self, revision: int) -> bool:
+        """Whether all edges have stored what they received before ingestion was paused by the entry
+        with this revision."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterConnection:
     """A query node's view of the cluster.
 
-    ``spans`` are the streams with the spans; ``outs`` are the ``OUT`` streams by partition;
+    ``spans`` are the streams with the spans; ``out`` returns the ``OUT`` stream of a partition;
     ``last`` returns the last sequence of one, and ``epoch`` its epoch; ``owners`` returns the
-    owner by partition;
+    owners of leases by key;
     ``index_subject`` is where evaluators ask; ``open_traces`` asks the owners;
     ``others`` are the process's other roles.
     """
@@ -84,32 +100,48 @@ class ClusterConnection:
     """Of this node."""
     roles: tuple[str, ...]
     """Of this process."""
+    identity: str
+    """Of the cluster."""
     client: NatsClient
     spans: SpanStreams
-    outs: dict[int, OutLog]
-    last: Callable[[int], Any]
+    partitions: PartitionMap
+    out: Callable[[int], OutLog]
+    last: Callable[[int], Awaitable[int]]
     epoch: Callable[[int], Awaitable[Epoch | None]]
-    owners: Callable[[], Any]
+    owners: Callable[[], Awaitable[Mapping[str, str]]]
     config: ConfigBucket
+    shared: ConfigBucket
+    """What query nodes share."""
+    duties: Duties
+    """What one query node at a time does."""
+    recent: RecentSignals
     index_subject: str
     open_traces: RemoteOpenTraces
     others: OtherRoles
+    tenants: TenantFeed
+    """The tenants as the bucket has them."""
 
 
 @dataclass(eq=False)
 class QueryNode:
-    """The parts of a query node, and what runs them."""
+    """The parts of a query node, and what runs them. ``followers`` follow what other query nodes
+    share, forever."""
 
     cluster: ClusterConnection
     stores: QueryStores
+    followers: Sequence[Callable[[], Awaitable[None]]] = ()
     name: str = field(init=False)
     roles: tuple[str, ...] = field(init=False)
     positions: AppliedPositions = field(init=False)
+    names: TenantNames = field(init=False)
+    tenants: ClusterTenants | None = field(default=None, init=False)
+    """What changes and follows tenants; set before :meth:`run`."""
     feed: OutFeed | None = field(default=None, init=False)
     index: TraceIndexServer = field(init=False)
-    publisher: RulePublisher = field(init=False)
+    rules: RuleSharing = field(init=False)
     _last: dict[int, int] = field(default_factory=dict, init=False)
     _owners: dict[int, str] = field(default_factory=dict, init=False)
+    _duties: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.name, self.roles = self.cluster.name, self.cluster.roles
@@ -123,27 +155,43 @@ class QueryNode:
                 ", ".join(sorted(lost)[:10]),
             )
             remove_cursors(file)  # before new files are made, which would hide the loss
-        self.positions = AppliedPositions(() if lost else saved.applied.items())
-        self.index = TraceIndexServer(stores.duckdb, self.positions, stores.closed, stores.waiting)
-        self.publisher = RulePublisher(
-            self.cluster.config, stores.rules, stores.data / published.FILE
+        elsewhere = saved.cluster not in ("", self.cluster.identity)
+        if elsewhere:
+            _log.warning("the streams are those of a new cluster, so all of OUT is applied")
+            remove_cursors(file)
+        self.positions = AppliedPositions(() if lost or elsewhere else saved.applied.items())
+        self.names = stores.names
+        self.cluster.open_traces.log_name = self.names.log_name
+        self.index = TraceIndexServer(stores.duckdb, self.positions, self.names, stores.waiting)
+        self.rules = RuleSharing(
+            self.cluster.config,
+            self.cluster.shared,
+            stores.rules,
+            stores.data / rule_sharing.FILE,
+            stores.threads,
         )
 
     def connect(self, channel: SendChannel[Decided], in_flight: InFlight) -> None:
         """Say where the decided traces go: the channel of storage-write."""
         self.feed = OutFeed(
-            self.cluster.outs,
+            self.cluster.partitions,
+            self.cluster.out,
             self.positions,
-            FeedTarget(channel, in_flight, self.stores.undecided, self.stores.closed),
+            FeedTarget(channel, in_flight, self.stores.undecided, self.names),
             self.stores.threads,
             self.stores.data / FILE,
             self.stores.duckdb.tenants,
+            self.cluster.recent,
+            self.cluster.identity,
         )
 
     async def run(self) -> None:
-        """Feed the stores, answer evaluators and publish rules, until cancelled."""
+        """Follow the tenants, feed the stores, answer evaluators and publish rules, until
+        cancelled."""
         assert self.feed is not None
         async with trio.open_nursery() as nursery:
+            if self.tenants is not None:  # first, so that nothing of a deleted tenant comes back
+                await nursery.start(self.tenants.run)
             nursery.start_soon(self.feed.run)
             nursery.start_soon(
                 serve_requests,
@@ -152,11 +200,15 @@ class QueryNode:
                 self.cluster.index_subject,  # query nodes share the requests
                 self.index.answer,
             )
-            nursery.start_soon(self.publisher.run)
+            nursery.start_soon(self.rules.run)
+            nursery.start_soon(self.cluster.duties.run)
+            for follow in self.followers:
+                nursery.start_soon(follow)
             nursery.start_soon(self._look_often)
 
     async def stop(self) -> None:
-        """Read no more; what was read is on its way to the stores."""
+        """Read no more; what was read is on its way to the stores. Give up the duties."""
+        await self.cluster.duties.stop()
         if self.feed is not None:
             await self.feed.stop()
 
@@ -170,16 +222,60 @@ class QueryNode:
         if self.feed is not None:
             self.feed.rewind()
 
+    @property
+    def spans(self) -> PartitionLog:
+        """The logs of the partitions, for reading the spans of tenants."""
+        return CurrentSpans(self.cluster.spans, self.names)
+
+    @property
+    def ingestion_paused(self) -> bool:
+        """Whether an operator has paused ingestion at all edges."""
+        return self.cluster.tenants.paused
+
+    async def pause_ingestion(self, paused: bool) -> None:
+        """Pause or resume ingestion at all edges. Raises :exc:`NatsUnavailable`."""
+        value = pack_ingestion(paused)
+        revision = await self.cluster.config.put(INGESTION_KEY, value)
+        self.cluster.tenants.note(Entry(INGESTION_KEY, value, revision))
+
+    async def drained(self) -> None:
+        """Return when everything that the edges received before ingestion was paused is evaluated,
+        and on its way to this node's stores. Raises :exc:`NatsUnavailable`."""
+        assert self.feed is not None
+        tenants, others = self.cluster.tenants, self.cluster.others
+        while not others.edges_are_paused(tenants.ingestion_revision):  # noqa: ASYNC110
+            await trio.sleep(DRAIN_SECONDS)
+        number = tenants.ingestion_revision
+        for partition in self.cluster.partitions.current.partitions:
+            tick = f"{partition}-drain-{self.name}-{number}"
+            end = await self.cluster.spans.append(partition, pack(Tick()), tick)
+            while self._feed_of(partition).evaluated_to < end:  # noqa: ASYNC110
+                await trio.sleep(DRAIN_SECONDS)
+
+    def applied(self) -> str:
+        """The applied sequences of all partitions, in order, separated by commas."""
+        total = self.cluster.partitions.generations.total
+        return ",".join(str(self.positions.get(p)) for p in range(total))
+
     def items(self) -> dict[int, int]:
         """Items sent to the stores since the start, by partition."""
         return {} if self.feed is None else {p: s.items for p, s in self.feed.partitions.items()}
 
+    def evaluated_spans(self) -> int:
+        """Spans that the cluster has evaluated since this node started."""
+        return 0 if self.feed is None else sum(s.spans for s in self.feed.partitions.values())
+
+    def closed_traces(self) -> int:
+        """Closed traces that this node has read since it started."""
+        return 0 if self.feed is None else sum(s.closed for s in self.feed.partitions.values())
+
     def partitions(self) -> list[dict[str, Any]]:
-        """How far each partition is, as JSON."""
+        """How far each partition is, as JSON; without those of former generations that are
+        applied to their end."""
         found = []
-        for partition in sorted(self.cluster.outs):
+        for partition in self._shown():
             applied, last = self.positions.get(partition), self._last.get(partition)
-            state = self.feed.partitions[partition] if self.feed is not None else PartitionFeed()
+            state = self._feed_of(partition)
             found.append(
                 {
                     "partition": partition,
@@ -196,6 +292,14 @@ class QueryNode:
             )
         return found
 
+    def _shown(self) -> list[int]:
+        feed, every = self.feed, range(self.cluster.partitions.generations.total)
+        return [each for each in every if feed is None or not feed.is_complete(each)]
+
+    def _feed_of(self, partition: int) -> PartitionFeed:
+        found = self.feed.partitions.get(partition) if self.feed is not None else None
+        return found or PartitionFeed()
+
     def shown(self) -> dict[str, Any]:
         """The state of the node, as JSON."""
         return {
@@ -203,7 +307,8 @@ class QueryNode:
             "roles": list(self.roles),
             "nodes": self.cluster.others.members(),
             "partitions": self.partitions(),
-            "rulesProblem": self.publisher.problem,
+            "duties": self._duties,
+            "rulesProblem": self.rules.problem,
             "index": {"requests": self.index.requests, "behind": self.index.behind},
         }
 
@@ -211,8 +316,10 @@ class QueryNode:
         """Ask how long the streams are and who owns the partitions, for people who look."""
         while True:
             try:
-                self._owners = await self.cluster.owners()
-                for partition in self.cluster.outs:
+                owners = await self.cluster.owners()
+                self._owners = owners_by_partition(owners)
+                self._duties = owners_by_duty(owners)
+                for partition in self._shown():
                     self._last[partition] = await self.cluster.last(partition)
                     await self._look_at_epoch(partition)
             except NatsUnavailable as error:
@@ -220,8 +327,8 @@ class QueryNode:
             await trio.sleep(STATUS_SECONDS)
 
     async def _look_at_epoch(self, partition: int) -> None:
-        state = self.feed.partitions[partition] if self.feed is not None else None
-        if state is not None and state.epoch is None:
+        state = self._feed_of(partition)
+        if state.epoch is None:
             found = await self.cluster.epoch(partition)
             state.epoch = max(state.epoch or 0, found.number if found is not None else 0)
 
@@ -237,4 +344,5 @@ def _counts(counts: Counts | None) -> dict[str, int] | None:
         "spans": counts.spans,
         "markers": counts.markers,
         "ticks": counts.ticks,
+        "deletedSpans": counts.deleted_spans,
     }

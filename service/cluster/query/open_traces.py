@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import orjson
 
-from betrace.service.otlp.partition import partition_of
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.serialize import SerialError, from_bytes, to_bytes
@@ -80,19 +79,24 @@ def pack_open_answer(found: DueTraces | None) -> bytes:
 class RemoteOpenTraces:
     """Looks up open traces at their owners. ``ask`` sends a request to a partition's owner and
     returns the answer; it blocks and raises
-    :exc:`betrace.service.storage.jetstream.errors.NatsUnavailable`."""
+    :exc:`betrace.service.storage.jetstream.errors.NatsUnavailable`. ``partition_of`` returns the
+    partition of a tenant's trace (16 bytes)."""
 
-    def __init__(self, ask: Callable[[int, bytes], bytes], partitions: int) -> None:
+    def __init__(
+        self, ask: Callable[[int, bytes], bytes], partition_of: Callable[[str, bytes], int]
+    ) -> None:
         self._ask = ask
-        self._partitions = partitions
+        self._partition_of = partition_of
+        self.log_name: Callable[[str], str] = lambda tenant: tenant
+        """Returns the name that a tenant has in the logs."""
 
     def look_up(self, tenant: str, trace_id: str) -> DueTraces | None:
         """A copy of the trace; None if its owner does not have it, or does not answer. Blocks."""
-        partition = partition_of(tenant, bytes.fromhex(trace_id), self._partitions)
-        request = pack_open_request(OpenTraceRequest(tenant, trace_id))
+        partition = self._partition_of(tenant, bytes.fromhex(trace_id))
+        request = pack_open_request(OpenTraceRequest(self.log_name(tenant), trace_id))
         try:
             data = self._ask(partition, request)
-            return from_bytes(data) if data else None
+            return replace(from_bytes(data), tenant=tenant) if data else None
         except (NatsUnavailable, SerialError) as error:
             _log.debug("the owner of partition %d does not answer: %s", partition, error)
             return None

@@ -31,14 +31,23 @@ Ask = Callable[[bytes], bytes]
 class RemoteTraceIndex:
     """Implements :class:`betrace.service.pipeline.history.TraceIndex` for one partition.
 
-    ``needed`` returns the ``OUT`` sequence that must be applied at the query node. Methods block
-    and raise :exc:`~betrace.service.pipeline.history.HistoryUnavailable`.
+    ``needed`` returns the ``OUT`` sequence that must be applied at the query node. While that is 0,
+    ``inherited`` may return another partition and the sequence that is needed of that one. Query
+    nodes apply a partition's output only after that of its parent. Methods block and raise
+    :exc:`~betrace.service.pipeline.history.HistoryUnavailable`.
     """
 
-    def __init__(self, partition: int, ask: Ask, needed: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        partition: int,
+        ask: Ask,
+        needed: Callable[[], int],
+        inherited: Callable[[], tuple[int, int] | None] = lambda: None,
+    ) -> None:
         self._partition = partition
         self._ask = ask
         self._needed = needed
+        self._inherited = inherited
         self._lock = threading.Lock()
         self._last: tuple[int, str, frozenset[str], IndexAnswer] | None = None
 
@@ -54,7 +63,9 @@ class RemoteTraceIndex:
     def _find(self, tenant: str, trace_ids: Sequence[str]) -> IndexAnswer:
         """What is stored about traces. The last answer is used again while no more is needed,
         because a caller asks for rows and then for signals."""
-        needed = self._needed()
+        partition, needed = self._partition, self._needed()
+        if not needed:
+            partition, needed = self._inherited() or (partition, needed)
         with self._lock:
             last = self._last
         if last is not None and last[:2] == (needed, tenant) and last[2].issuperset(trace_ids):
@@ -63,7 +74,7 @@ class RemoteTraceIndex:
         left = list(trace_ids)
         while left:
             some = left[:MOST_TRACES]
-            answer = self._request(IndexRequest(self._partition, needed, tenant, some))
+            answer = self._request(IndexRequest(partition, needed, tenant, some))
             left = left[answer.answered :]
             found.rows.update(answer.rows)
             found.raised.update(answer.raised)

@@ -1,8 +1,10 @@
 """Alerts by rule: people are paged because a rule breaks, not because of each trace.
 
-The ledger is the queue, as for exports. The alerts and how far the ledger was read are saved
-together, so a crash neither loses signals nor counts them twice. Each destination is then brought
-to the current state of the alerts, which makes repeating a request harmless.
+The ledger is the queue, as for exports. The alerts and how far the queues were read are saved so
+that a crash neither loses signals nor counts them twice. Each destination is then brought to the
+current state of the alerts, which makes repeating a request harmless.
+
+In a cluster one query node at a time does this; the others only show the alerts.
 """
 
 from __future__ import annotations
@@ -10,14 +12,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 from opentelemetry.util.re import parse_env_headers
 
-from betrace.channels import ThreadRunner
+from betrace.channels import ThreadRunner, TransientError
 from betrace.service.config.alerts import ALERT_WEBHOOK
 from betrace.service.config.settings import Settings
 from betrace.service.export.alerts.alert import Alert, State
@@ -26,15 +28,18 @@ from betrace.service.export.alerts.payloads import Links, for_alertmanager, for_
 from betrace.service.export.alerts.sender import LOOK_SECONDS, AlertSender, Sending
 from betrace.service.export.delivery import make_client, post
 from betrace.service.export.exporter import FIRST_PAUSE, LONGEST_PAUSE, POLL_SECONDS
+from betrace.service.export.turns import Turns
 from betrace.service.pipeline.breakers import Breakers
 from betrace.service.signals import Signal
-from betrace.service.storage.alert_store import AlertKey, AlertStore, AlertStoreError
-from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
+from betrace.service.storage.alert_store import AlertKey, AlertStoreError, SavedAlerts
+from betrace.service.storage.ledger.base import LedgerError
+from betrace.service.storage.signal_queues import SignalQueues
 from betrace.service.times import SECOND
 
 _log = logging.getLogger("service.alerts")
 
-PAGE = 500  # signals of a tenant read at once
+DUTY = "alerts"
+PAGE = 500  # signals of a queue read at once
 ROUND = 2000  # signals followed before they are saved
 REST_SECONDS = 0.2  # between rounds, so that a flood of signals costs little
 UPDATE_NS = 5 * SECOND  # between updates of a changed alert
@@ -61,22 +66,26 @@ class Alerts:
     :meth:`forget` and :meth:`firing`. Without destinations it does nothing.
 
     ``pages_nobody`` says whether a raised signal starts no alert, because its rule is muted or only
-    tried out; ``muted_now`` whether a tenant's rule is muted at this moment.
+    tried out; ``muted_now`` whether a tenant's rule is muted at this moment. Without ``turns`` this
+    process follows and sends everything.
     """
 
     def __init__(
         self,
         settings: Settings,
-        entries: LedgerEntries,
-        store: AlertStore,
+        queues: SignalQueues,
+        store: SavedAlerts,
         breakers: Breakers,
         pages_nobody: Callable[[Signal], bool],
         muted_now: Callable[[str, str], bool],
+        turns: Turns | None = None,
     ) -> None:
         self._settings = settings.alerts
-        self._entries = entries
+        self._queues = queues
         self._store = store
+        self._turns = turns
         self._threads = ThreadRunner("alerts", 1)
+        self._saving = threading.Lock()
         self._lock = threading.Lock()  # of everything below
         api = settings.api
         self._links = Links(api.page_url, api.public_url, self._settings.runbook_url)
@@ -111,7 +120,7 @@ class Alerts:
     def notify(self, signals: list[Signal]) -> None:
         """Note that these signals are in the ledger."""
         if self._destinations:
-            self._new.update(dict.fromkeys(signal.tenant for signal in signals))
+            self._new.update(dict.fromkeys(self._queues.of(signals)))
             self._wake.set()
 
     def forget(self, tenant: str) -> None:
@@ -119,7 +128,7 @@ class Alerts:
         thread."""
         with self._lock:
             self.book.forget(tenant)
-            self._save()
+        self._save()
 
     @property
     def destinations(self) -> list[str]:
@@ -129,8 +138,12 @@ class Alerts:
     def firing(self, tenant: str) -> list[Alert]:
         """Copies of a tenant's alerts that fire now, the latest breach first. Blocks; call it from
         any thread."""
-        with self._lock:
-            found = [each.copy() for each in self.book if each.tenant == tenant]
+        shown = self._store.shown(tenant)
+        if shown is not None:
+            found = self._read(shown)
+        else:
+            with self._lock:
+                found = [each.copy() for each in self.book if each.tenant == tenant]
         firing = [each for each in found if not each.ended_ns]
         return sorted(firing, key=lambda each: (-each.last_ns, each.rule))
 
@@ -143,11 +156,30 @@ class Alerts:
         """Follow the signals and send alerts until cancelled."""
         if not self._destinations:
             return
-        async with self._client, trio.open_nursery() as nursery:
-            await self._start()
-            nursery.start_soon(self._follow)
+        async with self._client:
+            if self._turns is None:
+                await self._work()
+            else:
+                await self._turns.perform(DUTY, self._work)
+
+    async def _work(self) -> None:
+        """Follow the signals and send alerts until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                await self._start()
+                nursery.start_soon(self._follow)
+                for each in self._destinations.values():
+                    nursery.start_soon(each.sender.run)
+        finally:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Forget what another process may change from now on."""
+        with self._lock:
+            self.book.clear()
+            self._unsaved = {}
             for each in self._destinations.values():
-                nursery.start_soon(each.sender.run)
+                each.sent, each.waiting_since_ns = {}, 0
 
     def close(self) -> None:
         """End the thread."""
@@ -161,27 +193,32 @@ class Alerts:
             try:
                 await self._threads.run(self._load)
                 return
-            except (LedgerError, AlertStoreError, OSError) as error:
+            except (LedgerError, AlertStoreError, TransientError, OSError) as error:
                 _log.warning("alerts cannot be read; trying again: %s", error)
                 await trio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def _load(self) -> None:
-        """Read the saved alerts. The first time, begin at the end of the ledger."""
+        """Read the saved alerts. The first time, begin at the end of the queues."""
+        progress = self._store.progress()
+        if progress is None:
+            progress = {each: self._queues.end(each) for each in self._queues.names()}
+            self._store.save({}, progress)
+        alerts = self._read(self._store.alerts())
         with self._lock:
-            progress = self._store.progress()
-            if progress is None:
-                tenants = self._entries.tenants()
-                progress = {each: self._entries.last_entry(each) for each in tenants}
-                self._store.save({}, progress)
-            alerts = []
-            for (tenant, rule), text in self._store.alerts().items():
-                try:
-                    alerts.append(Alert.load(text))
-                except (LookupError, TypeError, ValueError, AttributeError) as error:
-                    _log.error("the alert of %s of %s is damaged: %s", rule, tenant, error)
             self._done = progress
             self.book.restore(alerts)
+
+    @staticmethod
+    def _read(saved: Mapping[AlertKey, bytes]) -> list[Alert]:
+        """The alerts that can be read."""
+        alerts = []
+        for (tenant, rule), text in saved.items():
+            try:
+                alerts.append(Alert.load(text))
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                _log.error("the alert of %s of %s is damaged: %s", rule, tenant, error)
+        return alerts
 
     async def _follow(self) -> None:
         poll_at = 0.0
@@ -191,12 +228,12 @@ class Alerts:
             if poll:
                 poll_at = trio.current_time() + POLL_SECONDS
             self._wake = trio.Event()
-            tenants, self._new = self._new, {}
+            queues, self._new = self._new, {}
             try:
-                left = await self._threads.run(self._round, list(tenants), poll)
+                left = await self._threads.run(self._round, list(queues), poll)
                 failing = False
-            except (LedgerError, AlertStoreError, OSError) as error:
-                left = list(tenants)
+            except (LedgerError, AlertStoreError, TransientError, OSError) as error:
+                left = list(queues)
                 poll_at = 0.0
                 if not failing:
                     _log.warning("signals cannot be followed for alerts; trying again: %s", error)
@@ -209,25 +246,31 @@ class Alerts:
                 with trio.move_on_after(LOOK_SECONDS if len(self.book) else POLL_SECONDS):
                     await self._wake.wait()
 
-    def _round(self, tenants: list[str], everyone: bool) -> list[str]:
-        """Follow the next signals of these tenants. Returns those that may have more."""
-        if everyone:
-            tenants = list(dict.fromkeys([*tenants, *self._entries.tenants()]))
+    def _round(self, queues: list[str], everything: bool) -> list[str]:
+        """Follow the next signals of these queues. Returns those that may have more."""
+        if everything:
+            queues = list(dict.fromkeys([*queues, *self._queues.names()]))
         signals: list[Signal] = []
         upto: dict[str, int] = {}
         full: list[str] = []
         left: list[str] = []
-        for number, tenant in enumerate(tenants):
+        waiting: list[str] = []  # for other queues
+        for number, name in enumerate(queues):
             if len(signals) >= ROUND:
-                left = tenants[number:]
+                left = queues[number:]
                 break
-            page = self._entries.entries(tenant, self._done.get(tenant, 0), PAGE)
-            if page:
-                upto[tenant] = page[-1][0]
-                signals += [signal for _, signal in page]
-            if len(page) == PAGE:
-                full.append(tenant)
+            if not self._queues.may_read(name, self._done):
+                waiting.append(name)
+                continue
+            page = self._queues.read(name, self._done.get(name, 0), PAGE)
+            if page.upto > self._done.get(name, 0):
+                upto[name] = page.upto
+                signals += self._store.unknown(name, page.signals)
+            if page.more:
+                full.append(name)
         left += full
+        if upto:
+            left += waiting
         now = time.time_ns()
         with self._lock:
             self.book.add(signals, now)
@@ -237,7 +280,7 @@ class Alerts:
                 self.book.expire(now)
                 self.book.tidy(list(self._destinations), self._kept_ns(), now)
                 self._forget_sent()
-            self._save()
+        self._save()
         return left
 
     def _kept_ns(self) -> int:
@@ -250,15 +293,20 @@ class Alerts:
                 each.sent = {key: at for key, at in each.sent.items() if key in kept}
 
     def _save(self) -> None:
-        changed, unsaved = self.book.take_changes(), self._unsaved
-        if not changed and not unsaved:
-            return
-        try:
-            self._store.save(changed, unsaved)
-        except BaseException:
-            self.book.put_back(changed)
-            raise
-        self._unsaved = {}
+        """Save what changed. Blocks, without keeping those waiting who only read the alerts."""
+        with self._saving:
+            with self._lock:
+                changed, unsaved = self.book.take_changes(), self._unsaved
+                self._unsaved = {}
+            if not changed and not unsaved and not self._store.pending:
+                return
+            try:
+                self._store.save(changed, unsaved)
+            except BaseException:
+                with self._lock:
+                    self.book.put_back(changed)
+                    self._unsaved = unsaved | self._unsaved
+                raise
 
     # Sending
 
@@ -315,10 +363,10 @@ class Alerts:
             for key, state, revision in sending.alerts:
                 to.sent[key] = revision, now
                 self.book.deliver(key, to.name, state, now)
-            try:
-                self._save()
-            except AlertStoreError as error:
-                _log.warning("alerts cannot be saved; trying again: %s", error)
+        try:
+            self._save()
+        except AlertStoreError as error:
+            _log.warning("alerts cannot be saved; trying again: %s", error)
 
     async def _post(self, name: str, url: str, body: bytes) -> None:
         to_webhook = name == ALERT_WEBHOOK

@@ -59,6 +59,12 @@ class AlertBook:
             self._alerts[alert.tenant, alert.rule] = alert
         self._count_firing()
 
+    def clear(self) -> None:
+        """Forget all alerts, which stay as they are saved."""
+        self._alerts.clear()
+        self._changed.clear()
+        self._count_firing()
+
     def add(self, signals: Iterable[Signal], now: int) -> None:
         """Follow signals in the order of the ledger."""
         for signal in signals:

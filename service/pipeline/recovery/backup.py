@@ -30,6 +30,9 @@ from betrace.service.storage.lockfile import LockedError, LockFile
 from betrace.service.storage.spanlog.log import LOCK_FILE
 
 MANIFEST = "backup.json"
+CLUSTER_FILE = "cluster.json"
+"""In the backup of a query node: what the whole cluster has in common. It is not restored to the
+data directory."""
 _FORMAT = 1
 _TRIES = 5
 _CHUNK = 1 << 20
@@ -73,9 +76,10 @@ def back_up(
     progress: Progress = lambda _: None,
     *,
     archive: bool = True,
+    cluster: bytes | None = None,
 ) -> Backup:
     """Copy the data directory to the new directory ``to``, without ``archive/`` if that is not
-    wanted. Blocks.
+    wanted. ``cluster`` becomes the file :data:`CLUSTER_FILE`. Blocks.
 
     Raises :exc:`BackupError`, :exc:`OSError`, and :exc:`sqlite3.Error` for a damaged file.
     """
@@ -97,6 +101,8 @@ def back_up(
             backup = Backup(time.time(), version, duckdb=owner is not None)
             with suppress(_Changed):
                 _Copy(data, part, backup, progress, archive).run()
+                if cluster is not None:
+                    backup.files[CLUSTER_FILE] = _write_file(part / CLUSTER_FILE, cluster)
                 break
         else:
             raise BackupError(
@@ -133,6 +139,7 @@ def restore(source: Path, data: Path, progress: Progress = lambda _: None) -> Ba
                 raise BackupError(f"{source / name} is missing; use another backup") from None
             if found != (size, digest):
                 raise BackupError(f"{source / name} is damaged; use another backup")
+        (part / CLUSTER_FILE).unlink(missing_ok=True)
         _sync_directories(part)
         if data.exists():
             data.rmdir()
@@ -240,8 +247,9 @@ class _Copy:
         self._backup.files[name] = found
 
 
-# Their files in this order; then the rest, then the log.
-_TURNS = ("export", "alerts", "fallback", "ledger")
+# Their files in this order; then the rest, then the log. What a query node has applied must not be
+# newer than its ledger.
+_TURNS = ("cursors.json", "export", "alerts", "fallback", "ledger")
 _LOG_TURN = len(_TURNS) + 1
 
 
@@ -269,6 +277,15 @@ def _copy_file(source: Path, target: Path, progress: Progress) -> tuple[int, str
         write.flush()
         os.fsync(write.fileno())
     return size, digest.hexdigest()
+
+
+def _write_file(path: Path, data: bytes) -> tuple[int, str]:
+    """Write a file durably; returns its size and digest."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(data), hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
 def _copy_sqlite(source: Path, target: Path, progress: Progress) -> tuple[int, str]:
@@ -306,9 +323,5 @@ def _write_manifest(directory: Path, backup: Backup) -> None:
         },
         option=orjson.OPT_INDENT_2,
     )
-    path = directory / MANIFEST
-    with path.open("wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    _write_file(directory / MANIFEST, text)
     sync_directory(directory)

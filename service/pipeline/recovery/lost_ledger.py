@@ -113,15 +113,19 @@ def rebuild_ledger(
             ledger.number_after(first)
             for tenant, hidden in directory.hidden().items():
                 directory.hide(tenant, Hidden(max(first, hidden.entry), 0))
-        record = ledger.record
-        if settings.ledger.kind == "tigerbeetle":  # which may lack them, and ignores known ones
-            record = ledger.add_outgoing
-        for pages in _all_signals(store, local.duckdb).values():
+        before = ledger.last_number()
+        outgoing = settings.ledger.kind == "tigerbeetle"  # it may lack them, and ignores known ones
+        record = ledger.add_outgoing if outgoing else ledger.record
+        signals = _all_signals(store, local.duckdb)
+        for pages in signals.values():
             found.tenants += 1
             for page in pages:
-                exact = [_with_episode(signal, found.uncertain) for signal in page]
-                found.signals += sum(record(exact))
+                record([_with_episode(signal, found.uncertain) for signal in page])
+        number = ledger.last_number()
+        found.signals = number - before
         last = {each: ledger.last_entry(each) for each in ledger.tenants()}
+        if outgoing:  # entries are numbered once the cluster has them
+            last = dict.fromkeys((*last, *signals), number)
     finally:
         ledger.close()
     if lost:

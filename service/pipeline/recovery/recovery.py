@@ -92,6 +92,7 @@ class Recovery:
         deleted: Container[str] = frozenset(),
     ) -> None:
         self._directory = settings.storage.path / "checkpoints"
+        self._schedule = settings.checkpoint
         self._max_body = settings.ingest.max_body_bytes
         self._log, self._store = stores.log, stores.duckdb
         self._traces = pipeline.open_traces
@@ -325,14 +326,27 @@ class Recovery:
         self.replayed.damaged += int(np.count_nonzero(batch.bodies[:, ERROR]))
         return batch
 
-    async def every(self, seconds: float) -> None:
-        """Save a checkpoint every ``seconds``, less often if saving takes long (without the wait
-        for the stores)."""
+    async def every_interval(self) -> None:
+        """Save a checkpoint every ``checkpoint.interval_seconds``, less often if saving takes long
+        (without the wait for the stores) or if a restart would read little of the log."""
+        settings, latest = self._schedule, trio.current_time()
         while True:
-            started = trio.current_time()
-            await self.save()
-            took = trio.current_time() - started - self._waited
-            await trio.sleep(max(seconds - took, 9 * took, 0.1))
+            pause = settings.interval_seconds
+            now = trio.current_time()
+            if now >= latest or not await self._threads.run(self._little_to_replay):
+                saved = await self.save()
+                took = trio.current_time() - now - self._waited
+                latest = now + settings.max_interval_seconds if saved else now
+                pause = max(pause - took, 9 * took, 0.1)
+            await trio.sleep(pause)
+
+    def _little_to_replay(self) -> bool:
+        """Whether the next checkpoint can wait: it would save little reading, and no dead letter
+        waits for it."""
+        book, covers = self._letters.book, self._covers
+        if covers is None or book.total or book.retries():
+            return False
+        return self._beyond(covers.progress) < self._schedule.log_bytes
 
     async def save(self, last: bool = False) -> bool:
         """Save a checkpoint; returns whether that worked. Waits first until everything that left

@@ -32,8 +32,9 @@ from betrace.service.storage.duck.pool import PoolTimeout
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.paths import tenant_directory
-from betrace.service.tenancy.directory import DirectoryError, Hidden, TenantState
+from betrace.service.tenancy.directory import DirectoryError, Hidden
 from betrace.service.tenancy.gate import Gate
+from betrace.service.tenancy.tenant import TenantState
 from betrace.service.traces.checkpoint import KEPT
 
 _log = logging.getLogger("service.tenancy")
@@ -87,7 +88,6 @@ class Removal:
         self._ledger, self._log, self._store = stores.ledger, stores.log, stores.duckdb
         self._gate = gate
         self._directory = gate.directory
-        self._closed = gate.closed
         self._pipeline = pipeline
         self._recovery = recovery
         self._rebuild = rebuild
@@ -103,16 +103,18 @@ class Removal:
         self.removed = 0
         """Tenants deleted since the start."""
 
-    async def begin(self, tenant: str) -> trio.Event:
-        """Close a tenant durably and start its deletion. The event is set when it is complete."""
+    async def begin(self, tenant: str, generation: int = 0) -> trio.Event:
+        """Close a tenant durably and start its deletion. The event is set when it is complete. On a
+        cluster, ``generation`` is the tenant's generation after the deletion."""
         found = self._wanted.get(tenant)
         if found is not None:
             return found
-        self._closed.add(tenant)
+        self._gate.close_tenant(tenant, generation)
         try:
-            await self._threads.run(self._directory.begin_deletion, tenant)
+            await self._threads.run(self._directory.begin_deletion, tenant, generation)
         except BaseException:
-            self._closed.discard(tenant)
+            if not generation:  # on a cluster it is deleted anyway
+                self._gate.closed.discard(tenant)
             raise
         done = self._wanted[tenant] = trio.Event()
         self._arrived.unpark_all()
@@ -123,7 +125,7 @@ class Removal:
         await self._threads.run(self._pipeline.progress.reopen, tenant)
         await self._threads.run(self._store.reopen, tenant)
         self._pipeline.letters.reopen_tenant(tenant)
-        self._closed.discard(tenant)
+        self._gate.reopen_tenant(tenant)
 
     async def take_up(self) -> None:
         """Continue the deletions of the last process; call it at the start, before anything is read

@@ -171,7 +171,7 @@ class EvaluateStage:
             return await self._breaker.call(self._timed, batch)
         found: list[tuple[Decided, int]] = []
         for due in batch:
-            parts = await self._threads.run(_parts, due) if _reads(due) else [(0, due)]
+            parts = [(0, due)] if _is_one_part(due) else await self._threads.run(_parts, due)
             decided: Decided | None = None
             for first, part in parts:
                 ((own, _),) = await self._breaker.call(self._timed, [part])
@@ -273,6 +273,12 @@ def _reads(due: DueTraces) -> bool:
     return undecided or bool(rules.read_back)
 
 
+def _is_one_part(due: DueTraces) -> bool:
+    """Whether the candidates are certainly few enough for one round."""
+    few = len(due) <= ROUND_TRACES and int(due.rows[:, SPANS].sum()) <= ROUND_SPANS
+    return few or not due.closed or not _reads(due)
+
+
 def _parts(due: DueTraces) -> list[tuple[int, DueTraces]]:
     """Parts of closed traces, each with the number of its first trace. A part has the candidates
     that one round reads; the first one has what was spilled."""
@@ -280,7 +286,7 @@ def _parts(due: DueTraces) -> list[tuple[int, DueTraces]]:
     candidate[[each.trace for each in decide_or_ask(due)[1]]] = True
     spans = np.cumsum(np.where(candidate, due.rows[:, SPANS], 0))
     traces = np.cumsum(candidate)
-    if not due.closed or not len(due) or (spans[-1] <= ROUND_SPANS and traces[-1] <= ROUND_TRACES):
+    if spans[-1] <= ROUND_SPANS and traces[-1] <= ROUND_TRACES:
         return [(0, due)]
     parts = []
     first = 0

@@ -14,6 +14,7 @@ from betrace.service.storage.jetstream.errors import (
 )
 from betrace.service.storage.jetstream.nats import EXPECTED_SUBJECT_LAST, Nats, StoredMessage
 from betrace.service.storage.jetstream.stream_log import poll
+from betrace.service.storage.jetstream.wakeups import Wakeup
 
 _OPERATION = "KV-Operation"
 _WAIT_SECONDS = 60.0
@@ -55,12 +56,13 @@ class ConfigBucket:
 
     async def put(self, key: str, value: bytes, expected_revision: int | None = None) -> int:
         """Set the key and return its revision. With ``expected_revision``, only if the key has it
-        (0: the key does not exist); otherwise raises :exc:`Conflict`."""
+        (0: the key does not exist), or was deleted with it; otherwise raises :exc:`Conflict`."""
         return await self._put(key, value, {}, expected_revision)
 
-    async def delete(self, key: str, expected_revision: int | None = None) -> None:
-        """Delete the key. Raises :exc:`Conflict` like :meth:`put`."""
-        await self._put(key, b"", {_OPERATION: "DEL"}, expected_revision)
+    async def delete(self, key: str, expected_revision: int | None = None) -> int:
+        """Delete the key and return the revision of that. Raises :exc:`Conflict` like
+        :meth:`put`."""
+        return await self._put(key, b"", {_OPERATION: "DEL"}, expected_revision)
 
     async def _put(
         self, key: str, value: bytes, headers: dict[str, str], expected: int | None
@@ -96,7 +98,7 @@ class ConfigBucket:
         A replica that is behind may return earlier ones."""
         found: dict[str, Entry] = {}
         after = 0
-        while batch := await self._after(after):
+        while batch := await self._after(after, prefix):
             found.update({entry.key: entry for entry in batch})
             after = batch[-1].revision
         entries = (entry for entry in found.values() if entry.value is not None)
@@ -112,7 +114,7 @@ class ConfigBucket:
         after = 0
         while True:
             try:
-                batch = await self._after(after, _WAIT_SECONDS)
+                batch = await self._after(after, prefix, _WAIT_SECONDS)
             except NatsUnavailable:
                 await trio.sleep(_RETRY_SECONDS)
                 continue
@@ -121,8 +123,9 @@ class ConfigBucket:
                 if entry.key.startswith(prefix):
                     yield entry
 
-    async def _after(self, after: int, wait_seconds: float = 0) -> list[Entry]:
-        keys = f"{self._prefix}>"
+    async def _after(self, after: int, prefix: str, wait_seconds: float = 0) -> list[Entry]:
+        """Entries of keys that begin with ``prefix``, and perhaps others."""
+        keys = f"{self._prefix}{prefix if prefix.endswith('.') else ''}>"
 
         async def work(nats: Nats) -> list[Entry]:
             async def read() -> list[Entry]:
@@ -132,7 +135,7 @@ class ConfigBucket:
                     for each in await nats.get_many(self._stream, body, _READ_BYTES)
                 ]
 
-            return await poll(nats, keys, wait_seconds, read)
+            return await poll(nats, Wakeup(keys), wait_seconds, read)
 
         return await self._client.call(work, None)
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import outcome
@@ -52,6 +53,8 @@ class NatsClient:
         self._lock = threading.Lock()
         self._accepting = True
         self._due: list[Callable[[], object]] = []  # to be called in the client's thread
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._results: list[Callable[[], None]] = []  # to be called in Trio's thread
         self.reconnects = 0
         self._thread = threading.Thread(target=self._run, name=f"nats {name}", daemon=True)
 
@@ -91,18 +94,14 @@ class NatsClient:
         cancelled, the coroutine is cancelled too, and what it sent may have arrived. Raises
         :exc:`NatsUnavailable` after ``seconds``, if given."""
         task = trio.lowlevel.current_task()
-        token = trio.lowlevel.current_trio_token()
+        self._deliver_to(trio.lowlevel.current_trio_token())
         waiting = True
 
         def finish(result: outcome.Outcome[T]) -> None:
             if waiting:
                 trio.lowlevel.reschedule(task, result)
 
-        def finished(result: outcome.Outcome[T]) -> None:
-            with suppress(trio.RunFinishedError):
-                token.run_sync_soon(finish, result)
-
-        call = _Call(self, make, seconds, finished)
+        call = _Call(self, make, seconds, lambda result: self.deliver(partial(finish, result)))
 
         def abort(raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
             nonlocal waiting
@@ -154,6 +153,32 @@ class NatsClient:
             due, self._due = self._due, []
         for function in due:
             self._loop.call_soon(function)
+
+    def _deliver_to(self, token: trio.lowlevel.TrioToken) -> None:
+        """Deliver results to this run of Trio. Those for an earlier run are dropped."""
+        if token is not self._token:
+            with self._lock:
+                self._token, self._results = token, []
+
+    def deliver(self, function: Callable[[], None]) -> None:
+        """Call a function in Trio's thread, during a :meth:`call`; for its coroutine. Trio is woken
+        once for all that wait. What the function raises is only logged."""
+        assert self._token is not None
+        with self._lock:
+            self._results.append(function)
+            first = len(self._results) == 1
+        if first:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._deliver_all)
+
+    def _deliver_all(self) -> None:
+        with self._lock:
+            results, self._results = self._results, []
+        for function in results:
+            try:
+                function()
+            except Exception:  # it would end the run of Trio
+                _log.exception("a result cannot be taken")
 
     # Lifetime
 

@@ -3,7 +3,7 @@
 A message is a 12-byte header and a body::
 
       0  magic "BTE1"
-      4  u8 kind: 1 spans, 2 tick, 3 rules marker
+      4  u8 kind: 1 spans, 2 tick, 3 rules marker, 4 seal
       5  u8 flags: 1 the body is compressed with zstd
       6  u16 0
       8  u32 crc of bytes 4 to 8 and of the body as stored
@@ -33,7 +33,7 @@ _SIGNED = struct.Struct("<BBH")
 _FRAME = struct.Struct("<qII")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_SPANS, _TICK, _RULES = 1, 2, 3
+_SPANS, _TICK, _RULES, _SEAL = 1, 2, 3, 4
 _COMPRESSED = 1
 _LARGEST = 1 << 30
 
@@ -77,16 +77,24 @@ class RulesMarker:
     definitions: bytes
 
 
-Envelope = Spans | Tick | RulesMarker
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """The end of the log of a former partition: what comes later belongs to its successors. The
+    first seal counts."""
+
+
+Envelope = Spans | Tick | RulesMarker | Seal
 
 
 def pack(message: Envelope) -> bytes:
     """The message as bytes. Raises :exc:`ValueError` for two frames of a tenant."""
     if isinstance(message, Tick):
-        return _sealed(_TICK, 0, b"")
+        return _checked(_TICK, 0, b"")
+    if isinstance(message, Seal):
+        return _checked(_SEAL, 0, b"")
     if isinstance(message, RulesMarker):
         body = _named(message.tenant) + _U64.pack(message.revision) + message.definitions
-        return _sealed(_RULES, _COMPRESSED, _compressor().compress(body))
+        return _checked(_RULES, _COMPRESSED, _compressor().compress(body))
     if len({frame.tenant for frame in message.frames}) < len(message.frames):
         raise ValueError("an envelope has at most one frame per tenant")
     parts: list[bytes | memoryview] = []
@@ -95,7 +103,7 @@ def pack(message: Envelope) -> bytes:
         fields = _FRAME.pack(frame.received_ns, frame.spans, len(frame.body))
         crc = crc32(frame.body, crc32(fields, crc32(head)))
         parts += (head, fields, _U32.pack(crc), frame.body)
-    return _sealed(_SPANS, _COMPRESSED, _compressor().compress(b"".join(parts)))
+    return _checked(_SPANS, _COMPRESSED, _compressor().compress(b"".join(parts)))
 
 
 def unpack(data: bytes) -> Envelope:
@@ -113,6 +121,8 @@ def unpack(data: bytes) -> Envelope:
         body = memoryview(_decompressed(stored) if flags & _COMPRESSED else stored)
         if kind == _TICK:
             return Tick()
+        if kind == _SEAL:
+            return Seal()
         if kind == _SPANS:
             return Spans(_frames(body))
         if kind == _RULES:
@@ -142,7 +152,7 @@ def _frames(body: memoryview) -> list[TenantFrame]:
     return frames
 
 
-def _sealed(kind: int, flags: int, body: bytes) -> bytes:
+def _checked(kind: int, flags: int, body: bytes) -> bytes:
     crc = crc32(body, crc32(_SIGNED.pack(kind, flags, 0)))
     return _HEADER.pack(_MAGIC, kind, flags, 0, crc) + body
 

@@ -9,6 +9,7 @@ prediction says nothing about who wrote the previous message.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ from betrace.service.storage.jetstream.stream_log import (
     announce,
     read_log,
 )
+from betrace.service.storage.jetstream.wakeups import Wakeup
 
 _OWNER = "BeTrace-Owner"
 
@@ -72,9 +74,10 @@ class FencedLog:
             retries = Retries()
             while True:
                 try:
-                    before = await self._epoch(nats)
+                    before, last = await asyncio.gather(
+                        self._epoch(nats), nats.last_sequence(self._stream)
+                    )
                     number = 1 + (before.number if before else 0)
-                    last = await nats.last_sequence(self._stream)
                     headers = {
                         EPOCH: str(number),
                         _OWNER: owner,
@@ -137,7 +140,7 @@ class FencedLog:
             return []
         messages = await self._client.call(
             lambda nats: read_log(
-                nats, self._stream, self._wakeup, after, most_bytes, wait_seconds
+                nats, self._stream, Wakeup(self._wakeup), after, most_bytes, wait_seconds
             ),
             None,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from betrace.service.config.cluster import ClusterSettings
+from betrace.service.storage.jetstream.generations import Generations
 
 DEDUPLICATION_SECONDS = 120
 """How long servers remember message ids; they return the first sequence for a repeated id."""
@@ -31,15 +32,21 @@ class Layout:
     """The names of everything that a cluster has in NATS."""
 
     prefix: str
-    partitions: int
+    generations: Generations
     replicas: int
     partition_bytes: int
 
     @classmethod
-    def of(cls, settings: ClusterSettings) -> Layout:
-        return cls(
-            settings.prefix, settings.partitions, settings.replicas, settings.partition_bytes
-        )
+    def of(cls, settings: ClusterSettings, generations: Generations | None = None) -> Layout:
+        """The layout of a cluster; without ``generations``, of one that was never resized. The
+        names do not depend on them."""
+        found = generations or Generations.of(settings.partitions)
+        return cls(settings.prefix, found, settings.replicas, settings.partition_bytes)
+
+    @property
+    def partitions(self) -> int:
+        """The number of partitions, those of former generations included."""
+        return self.generations.total
 
     def spans_stream(self, partition: int) -> str:
         return f"{self.prefix}-SPANS-{partition}"
@@ -47,8 +54,10 @@ class Layout:
     def spans_subject(self, partition: int) -> str:
         return f"{self.prefix}.spans.{partition}"
 
-    def spans_wakeup(self, partition: int) -> str:
-        return f"{self.prefix}.new.spans.{partition}"
+    @property
+    def spans_wakeup(self) -> str:
+        """Where edges name the partitions that have new messages."""
+        return f"{self.prefix}.new.spans"
 
     def out_stream(self, partition: int) -> str:
         return f"{self.prefix}-OUT-{partition}"
@@ -70,8 +79,14 @@ class Layout:
 
     @property
     def config_bucket(self) -> str:
-        """Rules, tenants, and the number of partitions."""
+        """Rules, tenants, and the generations of partitions."""
         return f"{self.prefix}-config"
+
+    @property
+    def query_bucket(self) -> str:
+        """What query nodes share: how far exports are, alerts, mutes, acknowledgements and rule
+        files."""
+        return f"{self.prefix}-query"
 
     @property
     def leases_bucket(self) -> str:
@@ -94,7 +109,8 @@ class Layout:
         for p in range(self.partitions):
             subjects = [self.out_subject(p), self.epoch_subject(p)]
             found.append(self._stream(self.out_stream(p), subjects))
-        for bucket in (self.config_bucket, self.leases_bucket, self.members_bucket):
+        buckets = self.config_bucket, self.query_bucket, self.leases_bucket, self.members_bucket
+        for bucket in buckets:
             latest = {"max_msgs_per_subject": 1, "allow_rollup_hdrs": True}
             found.append(self._stream(f"KV_{bucket}", [f"$KV.{bucket}.>"]) | latest)
         store = self.checkpoints_store

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,15 @@ class StoredMessage:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A message to be appended to the stream of its subject."""
+
+    subject: str
+    data: bytes
+    headers: dict[str, str]
+
+
 class Nats:
     """A connection. All methods belong to the thread of its event loop."""
 
@@ -60,7 +70,7 @@ class Nats:
         self._loop = asyncio.get_running_loop()
         self._inbox = nc.new_inbox() + "."
         self._tokens = itertools.count()
-        self._waiting: dict[str, _Replies] = {}
+        self._waiting: dict[str, _Replies | _Acknowledgement] = {}
         self.wakeups = Wakeups(nc)
         self.failing_since: float | None = None
         """When leaders stopped answering, on the loop's clock; None while they answer."""
@@ -165,6 +175,39 @@ class Nats:
             raise JetStreamError(f"{subject}: the reply is not JetStream's") from error
         raise reply_error(found["error"], subject)
 
+    async def publish_each(
+        self,
+        messages: Sequence[NewMessage],
+        ended: Callable[[int, int | None], None],
+        seconds: float,
+    ) -> None:
+        """Append messages, which costs half as much as :meth:`publish` for each. ``ended`` is
+        called with the number of each one and its sequence, or None if it was not acknowledged
+        within ``seconds`` or was refused: publish it again with the same id to learn why."""
+        from nats import errors
+
+        batch = _Acknowledgements(self._loop, len(messages), ended)
+        tokens: list[str] = []
+        timer = self._loop.call_later(seconds, batch.expire)
+        try:
+            for number, message in enumerate(messages):
+                token = str(next(self._tokens))
+                tokens.append(token)
+                self._waiting[token] = _Acknowledgement(batch, number)
+                try:
+                    await self.nc.publish(
+                        message.subject, message.data, self._inbox + token, message.headers
+                    )
+                except (errors.Error, OSError):
+                    batch.end(number, None)
+            await batch.all_ended
+        finally:
+            timer.cancel()
+            for token in tokens:
+                del self._waiting[token]
+        if batch.stored:
+            self.failing_since = None
+
     async def last_sequence(self, stream: str) -> int:
         """The sequence of the last message that the stream's leader has, 0 without any."""
         info = await self.api(f"STREAM.INFO.{stream}")
@@ -258,6 +301,55 @@ class _Replies:
             self.timer = self._loop.call_later(self._seconds, self._expire)
         else:
             self.fail(NatsUnavailable(f"no reply on {self._subject} within {self._seconds:g} s"))
+
+
+class _Acknowledgements:
+    """The acknowledgements of messages that were published together."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        number: int,
+        ended: Callable[[int, int | None], None],
+    ) -> None:
+        self.all_ended: asyncio.Future[None] = loop.create_future()
+        self.stored = False
+        self._left = set(range(number))
+        self._ended = ended
+        if not number:
+            self.all_ended.set_result(None)
+
+    def end(self, number: int, sequence: int | None) -> None:
+        if number in self._left:
+            self._left.discard(number)
+            self.stored = self.stored or sequence is not None
+            self._ended(number, sequence)
+            if not self._left and not self.all_ended.done():
+                self.all_ended.set_result(None)
+
+    def expire(self) -> None:
+        for number in list(self._left):
+            self.end(number, None)
+
+
+class _Acknowledgement:
+    """Waits for one of them."""
+
+    __slots__ = ("_batch", "_number")
+
+    def __init__(self, batch: _Acknowledgements, number: int) -> None:
+        self._batch = batch
+        self._number = number
+
+    def add(self, message: Msg) -> None:
+        sequence = None
+        with suppress(orjson.JSONDecodeError, KeyError, TypeError):
+            found = orjson.loads(message.data)
+            sequence = None if "error" in found else int(found["seq"])
+        self._batch.end(self._number, sequence)
+
+    def fail(self, error: Exception) -> None:
+        self._batch.end(self._number, None)
 
 
 def _is_end(message: Msg) -> bool:

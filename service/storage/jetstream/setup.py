@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-import orjson
 import trio
 
 from betrace.service.config.cluster import ClusterSettings
@@ -17,6 +16,7 @@ from betrace.service.storage.jetstream.errors import (
     NatsUnavailable,
     NotInStream,
 )
+from betrace.service.storage.jetstream.generations import PARTITIONS_KEY, Generations
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.nats import Nats
 
@@ -30,7 +30,6 @@ PATIENCE_SECONDS = 30.0
 _CHANGE_SECONDS = 30.0
 _RETRY_SECONDS = 0.25
 _AT_ONCE = 4
-_PARTITIONS_KEY = "cluster.partitions"
 _CHANGEABLE = ("num_replicas", "max_bytes")
 _CHECKED = (
     "subjects",
@@ -61,33 +60,73 @@ async def set_up(client: NatsClient, settings: ClusterSettings) -> list[str]:
     :exc:`NatsUnavailable`."""
     layout = Layout.of(settings)
     done: list[str] = []
+    name = f"KV_{layout.config_bucket}"
+    (bucket,) = (stream for stream in layout.streams() if stream["name"] == name)
+    done += await client.call(lambda nats: _ensure_all(nats, [bucket]), SETUP_SECONDS)
     config = ConfigBucket(client, layout.config_bucket)
-    wanted = {stream["name"]: stream for stream in layout.streams()}
-    first = wanted.pop(f"KV_{layout.config_bucket}")
-    done += await client.call(lambda nats: _ensure_all(nats, [first]), SETUP_SECONDS)
-    await _fix_partitions(config, layout)
-    done += await client.call(lambda nats: _ensure_all(nats, list(wanted.values())), SETUP_SECONDS)
+    generations = await _fix_partitions(config, layout.generations)
+    if generations.current.count != settings.partitions:
+        done.append(other_number(generations, settings))
+    done += await create_streams(client, Layout.of(settings, generations))
     return done
 
 
-async def _fix_partitions(config: ConfigBucket, layout: Layout) -> None:
+async def create_streams(client: NatsClient, layout: Layout) -> list[str]:
+    """Create the streams of a layout that are missing, and adapt the others; returns what was done.
+    Idempotent. Raises :exc:`SetupError` and :exc:`NatsUnavailable`."""
+    streams = layout.streams()
+    return await client.call(lambda nats: _ensure_all(nats, streams), SETUP_SECONDS)
+
+
+async def _fix_partitions(config: ConfigBucket, wanted: Generations) -> Generations:
+    """The cluster's partitions: those that are wanted, if it is new."""
     end = trio.current_time() + PATIENCE_SECONDS
     while True:
         try:
-            await config.put(_PARTITIONS_KEY, orjson.dumps(layout.partitions), 0)
-            return
+            await config.put(PARTITIONS_KEY, wanted.to_json(), 0)
+            return wanted
         except Conflict:
-            await _check_partitions(config, layout)
-            return
+            pass
         except NatsUnavailable:
             if trio.current_time() > end:
                 raise
             await trio.sleep(_RETRY_SECONDS)
+            continue
+        found = await read_generations(config)
+        if found is not None:
+            return found[0]
 
 
-async def check(client: NatsClient, settings: ClusterSettings) -> None:
-    """Raise :exc:`SetupError` unless all streams exist and are as they should be."""
-    layout = Layout.of(settings)
+async def read_generations(config: ConfigBucket) -> tuple[Generations, int] | None:
+    """The cluster's generations of partitions, and their revision; None if the cluster does not
+    exist. Raises :exc:`NatsUnavailable`."""
+    entry = await config.get(PARTITIONS_KEY)
+    if entry is None or entry.value is None:
+        return None
+    return Generations.from_json(entry.value), entry.revision
+
+
+async def generations_of(config: ConfigBucket, settings: ClusterSettings) -> Generations:
+    """The cluster's generations of partitions; of one that does not exist yet, those that it would
+    have. Raises :exc:`NatsUnavailable`."""
+    found = await read_generations(config)
+    return Generations.of(settings.partitions) if found is None else found[0]
+
+
+def other_number(generations: Generations, settings: ClusterSettings) -> str:
+    """Says that the number of partitions in the configuration does not count."""
+    return (
+        f"the cluster {settings.prefix} has {generations.current.count} partitions; "
+        f"cluster.partitions = {settings.partitions} in the configuration is ignored"
+    )
+
+
+async def check(client: NatsClient, settings: ClusterSettings) -> Generations:
+    """Raise :exc:`SetupError` unless all streams exist and are as they should be. Returns the
+    cluster's generations of partitions, which count, whatever the settings say."""
+    config = ConfigBucket(client, Layout.of(settings).config_bucket)
+    generations = await _generations(client, config, settings)
+    layout = Layout.of(settings, generations)
 
     async def work(nats: Nats) -> list[str]:
         slots = asyncio.Semaphore(_AT_ONCE)
@@ -104,21 +143,20 @@ async def check(client: NatsClient, settings: ClusterSettings) -> None:
 
     if problems := await client.call(work, SETUP_SECONDS):
         raise SetupError(problems)
-    await _check_partitions(ConfigBucket(client, layout.config_bucket), layout)
+    return generations
 
 
-async def _check_partitions(config: ConfigBucket, layout: Layout) -> None:
-    entry = await config.get(_PARTITIONS_KEY)
-    number = orjson.loads(entry.value) if entry is not None and entry.value else 0
-    if number != layout.partitions:
-        raise SetupError(
-            [
-                f"the cluster {layout.prefix} was created with {number} partitions; set "
-                f"cluster.partitions = {number} instead of {layout.partitions}"
-                if number
-                else f"the cluster {layout.prefix} is not complete; run: betrace cluster init"
-            ]
-        )
+async def _generations(
+    client: NatsClient, config: ConfigBucket, settings: ClusterSettings
+) -> Generations:
+    name = f"KV_{Layout.of(settings).config_bucket}"
+    if await client.call(lambda nats: _patiently(lambda: stream_info(nats, name))) is None:
+        raise SetupError([f"{name} does not exist; run: betrace cluster init"])
+    found = await read_generations(config)
+    if found is None:
+        problem = f"the cluster {settings.prefix} is not complete; run: betrace cluster init"
+        raise SetupError([problem])
+    return found[0]
 
 
 async def stream_info(nats: Nats, name: str) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.layout import DEDUPLICATION_SECONDS
 from betrace.service.storage.jetstream.nats import MESSAGE_ID, Nats, StoredMessage
+from betrace.service.storage.jetstream.wakeups import Wakeup, naming
 
 _log = logging.getLogger("service.nats")
 
@@ -42,10 +43,10 @@ def log_message(message: StoredMessage) -> LogMessage:
 
 
 async def read_log(
-    nats: Nats, stream: str, wakeup: str, after: int, most_bytes: int, wait_seconds: float
+    nats: Nats, stream: str, wakeup: Wakeup, after: int, most_bytes: int, wait_seconds: float
 ) -> list[LogMessage]:
     """The messages that follow ``after``, until they have ``most_bytes`` or more; empty if none
-    came within ``wait_seconds``. ``wakeup`` is the subject on which appends are announced."""
+    came within ``wait_seconds``. ``wakeup`` announces appends."""
 
     async def read() -> list[LogMessage]:
         return [log_message(each) for each in await nats.read_after(stream, after, most_bytes)]
@@ -54,10 +55,10 @@ async def read_log(
 
 
 async def poll(
-    nats: Nats, wakeup: str, wait_seconds: float, read: Callable[[], Awaitable[list[T]]]
+    nats: Nats, wakeup: Wakeup, wait_seconds: float, read: Callable[[], Awaitable[list[T]]]
 ) -> list[T]:
-    """Read until there is something, at most for ``wait_seconds``: at messages on ``wakeup``, and
-    without any from time to time."""
+    """Read until there is something, at most for ``wait_seconds``: at each ``wakeup``, and without
+    any from time to time."""
     loop = asyncio.get_running_loop()
     end = loop.time() + wait_seconds
     bell = await nats.wakeups.bell(wakeup) if wait_seconds > 0 else None
@@ -76,14 +77,14 @@ async def poll(
             pause = min(2 * pause, POLL_SECONDS)
 
 
-async def announce(nats: Nats, wakeup: str) -> None:
-    """Wake the readers of a log."""
+async def announce(nats: Nats, subject: str, *numbers: int) -> None:
+    """Wake the readers that wait for a message on a subject that names these numbers."""
     from nats import errors
 
     try:
-        await nats.nc.publish(wakeup)
+        await nats.nc.publish(subject, naming(numbers))
     except (errors.Error, OSError) as error:
-        _log.debug("no wakeup on %s: %s", wakeup, error)
+        _log.debug("no wakeup on %s: %s", subject, error)
 
 
 class Retries:

@@ -106,7 +106,7 @@ async def _ask(url: str) -> ServerState:
             return ServerState(address, error="it does not speak NATS")
         info = orjson.loads(text.partition(b"\n")[0])
     except (OSError, trio.TooSlowError, orjson.JSONDecodeError) as error:
-        return ServerState(address, error=f"it does not answer ({error or 'timeout'})")
+        return ServerState(address, error=f"it does not answer ({str(error) or 'timeout'})")
     return ServerState(
         address,
         str(info.get("server_name", "")),

@@ -7,8 +7,8 @@ time. Nothing depends on wakeups but latency.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nats.aio.subscription import Subscription
 
 _UNUSED_SECONDS = 30.0
+ANY = -1
 
 
 class Sink(asyncio.Future[Any]):
@@ -30,13 +31,23 @@ class Sink(asyncio.Future[Any]):
         self._receive(result)
 
 
+class Wakeup(NamedTuple):
+    """What readers wait for: any message on a subject, or one that names this number."""
+
+    subject: str
+    number: int = ANY
+
+
+def naming(numbers: Iterable[int]) -> bytes:
+    """The message on a subject that names these numbers."""
+    return ",".join(map(str, numbers)).encode()
+
+
 class Bell:
-    """Counts the messages on a subject."""
+    """Counts the messages that a :class:`Wakeup` waits for."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.used = 0.0
-        self.subscription: Subscription | None = None
         self._waiting: set[asyncio.Future[None]] = set()
 
     def ring(self) -> None:
@@ -61,36 +72,57 @@ class Bell:
         return self.count != count
 
 
+class _Subject:
+    """The bells of a subject, by number."""
+
+    def __init__(self) -> None:
+        self.bells: dict[int, Bell] = {}
+        self.used = 0.0
+        self.subscription: Subscription | None = None
+
+    def ring(self, data: bytes) -> None:
+        if ANY in self.bells:
+            self.bells[ANY].ring()
+            return
+        for number in data.split(b","):
+            bell = self.bells.get(int(number)) if number.isdigit() else None
+            if bell is not None:
+                bell.ring()
+
+
 class Wakeups:
-    """The bells of a connection, by subject. Belongs to the thread of its loop."""
+    """The bells of a connection. Belongs to the thread of its loop."""
 
     def __init__(self, nc: Client) -> None:
         self._nc = nc
         self._loop = asyncio.get_running_loop()
-        self._bells: dict[str, Bell] = {}
+        self._subjects: dict[str, _Subject] = {}
 
-    async def bell(self, subject: str) -> Bell:
-        """The bell that rings for messages on ``subject``, until nobody has asked for it for 30
-        seconds."""
-        bell = self._bells.get(subject)
-        if bell is None:
-            bell = self._bells[subject] = Bell()
+    async def bell(self, wakeup: Wakeup) -> Bell:
+        """The bell that rings for a wakeup. Once nobody has asked for one of the subject for 30
+        seconds, it rings no more."""
+        subject = self._subjects.get(wakeup.subject)
+        if subject is not None:
+            subject.used = self._loop.time()
+            return subject.bells.setdefault(wakeup.number, Bell())
+        subject = self._subjects[wakeup.subject] = _Subject()
+        subject.used = self._loop.time()
+        bell = subject.bells[wakeup.number] = Bell()
+        name, found = wakeup.subject, subject
 
-            def receive(message: Msg) -> None:
-                if self._loop.time() - bell.used < _UNUSED_SECONDS:
-                    bell.ring()
-                else:
-                    self._forget(subject, bell)
+        def receive(message: Msg) -> None:
+            if self._loop.time() - found.used < _UNUSED_SECONDS:
+                found.ring(message.data)
+            else:
+                self._forget(name, found)
 
-            bell.used = self._loop.time()
-            bell.subscription = await self._nc.subscribe(subject, future=Sink(receive))
-        bell.used = self._loop.time()
+        subject.subscription = await self._nc.subscribe(name, future=Sink(receive))
         return bell
 
-    def _forget(self, subject: str, bell: Bell) -> None:
-        subscription = bell.subscription
-        if subscription is not None and self._bells.pop(subject, None) is not None:
-            bell.subscription = None
+    def _forget(self, name: str, subject: _Subject) -> None:
+        subscription = subject.subscription
+        if subscription is not None and self._subjects.pop(name, None) is not None:
+            subject.subscription = None
             task = self._loop.create_task(subscription.unsubscribe())
             task.add_done_callback(_ignore_errors)
 

@@ -20,8 +20,8 @@ from betrace.service.storage.ledger.base import (
     LedgerError,
     rule_account,
     tenant_account,
-    transfer_id,
 )
+from betrace.service.storage.ledger.checkpoints import MOST_PAGES, Checkpoints
 from betrace.service.storage.ledger.clients import Clients
 from betrace.service.storage.sqlite_file import (
     NewerFileError,
@@ -31,10 +31,6 @@ from betrace.service.storage.sqlite_file import (
     transaction,
 )
 
-# Pages in the write-ahead log after which a commit moves them into the file. Callers wait for
-# outgoing signals to be written, but nobody waits for them to be settled.
-_LOG_PAGES = 1000
-_LOG_PAGES_OUTGOING = 8000
 _CLOSE_SECONDS = 5.0
 
 _TRANSIENT = {
@@ -52,10 +48,12 @@ _TRANSIENT = {
 class _Connections:
     writer: sqlite3.Connection
     reader: sqlite3.Connection
+    checkpoints: Checkpoints
     writing: threading.Lock = field(default_factory=threading.Lock)
     reading: threading.Lock = field(default_factory=threading.Lock)
 
     def close(self) -> None:
+        self.checkpoints.close()
         self.reader.close()
         self.writer.close()
 
@@ -90,22 +88,19 @@ class SqliteLedger:
         """Connections that were given up because a call hung."""
         return self._clients.counts
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = connect(self._path)
-        connection.execute("PRAGMA foreign_keys = ON")
-        return connection
-
     def _open(self) -> _Connections:
         with self._errors():
-            writer = self._connect()
+            writer = connect(self._path)
             try:
                 writer.execute(f"PRAGMA synchronous = {self._synchronous}")
-                reader = self._connect()
+                writer.execute(f"PRAGMA wal_autocheckpoint = {MOST_PAGES}")
+                writer.execute("PRAGMA secure_delete = OFF")  # what it deletes it also keeps
+                reader = connect(self._path)
                 reader.execute("PRAGMA query_only = ON")
             except BaseException:
                 writer.close()
                 raise
-        return _Connections(writer, reader)
+        return _Connections(writer, reader, Checkpoints(self._path))
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -129,13 +124,11 @@ class SqliteLedger:
             raise LedgerError(f"{self._path}: {error}: {advice}", transient=transient) from error
 
     @contextmanager
-    def _writing(
-        self, synchronous: str | None = None, log_pages: int = _LOG_PAGES
-    ) -> Iterator[sqlite3.Connection]:
+    def _writing(self, synchronous: str | None = None) -> Iterator[sqlite3.Connection]:
         """A transaction, committed unless the block raises."""
         with self._clients.use() as connections, connections.writing, self._errors():
             db = connections.writer
-            db.execute(f"PRAGMA wal_autocheckpoint = {log_pages}")
+            before = db.total_changes
             if synchronous is not None:
                 db.execute(f"PRAGMA synchronous = {synchronous}")
             try:
@@ -144,6 +137,7 @@ class SqliteLedger:
             finally:
                 if synchronous is not None:
                     db.execute(f"PRAGMA synchronous = {self._synchronous}")
+            connections.checkpoints.committed(db.total_changes - before)
             self._clients.succeeded()
 
     @contextmanager
@@ -160,7 +154,7 @@ class SqliteLedger:
             return []
         with self._writing() as db:
             new = sqlite_rows.first_of_each(ids, sqlite_rows.existing_rows(db, "transfers", ids))
-            sqlite_rows.insert(db, list(compress(zip(signals, texts, strict=True), new)))
+            sqlite_rows.insert(db, compress(zip(ids, signals, texts, strict=True), new))
         return new
 
     def add_outgoing(self, signals: Sequence[Signal]) -> list[bool]:
@@ -170,7 +164,7 @@ class SqliteLedger:
         texts = [sqlite_rows.write_signal(signal) for signal in signals]
         if not ids:
             return []
-        with self._writing(log_pages=_LOG_PAGES_OUTGOING) as db:
+        with self._writing() as db:
             new = sqlite_rows.first_of_each(ids, sqlite_rows.existing_rows(db, "transfers", ids))
             db.executemany(
                 "INSERT INTO outgoing (id, signal) VALUES (?, ?) ON CONFLICT (id) DO NOTHING",
@@ -184,17 +178,16 @@ class SqliteLedger:
 
         This does not wait for the disk: after a machine crash they may be outgoing again.
         """
+        ids = sqlite_rows.transfer_ids(recorded)
+        signals = dict(zip(ids, recorded, strict=True))
         with self._writing("NORMAL") as db:
-            found = sqlite_rows.existing_rows(
-                db, "outgoing", sqlite_rows.transfer_ids(recorded), "id, signal"
-            )
             # The text as stored first; the transfer is the same for every version of the signal.
-            signals = {sqlite_rows.id_bytes(transfer_id(signal.id)): signal for signal in recorded}
-            sqlite_rows.insert(db, [(signals[key], text) for key, text in found.items()])
-            db.executemany(
-                "DELETE FROM outgoing WHERE id = ?",
-                [(key,) for key in (*found, *sqlite_rows.transfer_ids(refused))],
-            )
+            found = sqlite_rows.existing_rows(db, "outgoing", ids, "id, signal")
+            sqlite_rows.insert(db, ((key, signals[key], text) for key, text in found.items()))
+            sqlite_rows.delete_found_outgoing(db, list(found))
+            if refused:
+                deleted = sqlite_rows.delete_outgoing(db, sqlite_rows.transfer_ids(refused))
+                sqlite_rows.skip_numbers(db, deleted)
 
     def take_over(self) -> None:
         """Become the ledger: record here what is outgoing to another one."""
@@ -213,7 +206,17 @@ class SqliteLedger:
     def number_after(self, entry: int) -> None:
         """Number the transfers of a new ledger above ``entry``."""
         with self._writing() as db:
-            db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('transfers', ?)", (entry,))
+            sqlite_rows.skip_numbers(db, entry)
+
+    def last_number(self) -> int:
+        """The highest number that a transfer has, or will have once all outgoing signals are
+        settled."""
+        with self._reading() as db:
+            (number,) = db.execute(
+                "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'transfers'), 0)"
+                " + (SELECT count(*) FROM outgoing)"
+            ).fetchone()
+        return int(number)
 
     def balance(self, tenant: str, rule_id: str) -> int:
         """See :meth:`betrace.service.storage.ledger.base.Ledger.balance`."""

@@ -28,6 +28,7 @@ import tigerbeetle as tb
 from tigerbeetle.client import InitError
 
 from betrace.service.signals import Signal
+from betrace.service.storage.ledger import packed
 from betrace.service.storage.ledger.base import (
     AMOUNT,
     PAGE,
@@ -37,7 +38,6 @@ from betrace.service.storage.ledger.base import (
     ledger_number,
     rule_account,
     tenant_account,
-    transfer,
 )
 from betrace.service.storage.ledger.clients import Clients
 from betrace.service.storage.ledger.sqlite import SqliteLedger
@@ -54,8 +54,10 @@ MOST_TRANSFERS = 8189
 """Transfers in one request of 1 MiB."""
 _KNOWN_ACCOUNTS = 100_000
 _READERS_WAIT_SECONDS = 1.0
-_NEW = (tb.CreateAccountStatus.CREATED, tb.CreateTransferStatus.CREATED)
-_THERE = (tb.CreateAccountStatus.EXISTS, tb.CreateTransferStatus.EXISTS)
+_REPORT_EVERY = 50 * PAGE
+_SEND_AGAIN_SECONDS = 5.0
+_MADE = (tb.CreateAccountStatus.CREATED, tb.CreateAccountStatus.EXISTS)
+_DONE = {tb.CreateTransferStatus.CREATED, tb.CreateTransferStatus.EXISTS}
 
 
 @dataclass(eq=False, slots=True)
@@ -126,14 +128,15 @@ class TigerBeetleLedger:
         journal: SqliteLedger,
         batch: int = MOST_TRANSFERS,
         close_seconds: float = 5.0,
-        connect: Callable[[int, str], tb.ClientSync] = tb.ClientSync,
+        connect: Callable[[int, str], tb.ClientSync] | None = None,
     ) -> None:
         self._addresses = addresses
         self._cluster = cluster_id
         self._journal = journal
         self._batch = batch
         self._close_seconds = close_seconds
-        self._connect = connect
+        self._connect = connect or packed.connect
+        self._sent_again = 0  # outgoing signals
         self._left_over = True  # outgoing signals may need to be sent again
         self._settling: _Settling | None = None
         self._settler = _Settler(journal)
@@ -148,14 +151,17 @@ class TigerBeetleLedger:
         return self._clients.counts
 
     def start(self, seconds: float) -> None:
-        """Connect to the server and send what the last process left outgoing; wait up to
-        ``seconds`` for that. Raises :exc:`LedgerError` if the server answers that this can never
-        work; an unreachable server is only logged."""
+        """Connect to the server and send what the last process left outgoing. Returns when that is
+        done, or nothing was sent for ``seconds``. Raises :exc:`LedgerError` if the server answers
+        that this can never work; an unreachable server is only logged."""
         failed: list[LedgerError] = []
         began = time.monotonic()
         thread = threading.Thread(target=self._try_start, args=(failed,), daemon=True)
         thread.start()
-        thread.join(seconds)
+        sent = -1
+        while thread.is_alive() and sent != self._sent_again:  # after a rebuild, all are
+            sent = self._sent_again
+            thread.join(seconds)
         if thread.is_alive():
             self.replace(began)
             _log.warning(
@@ -169,6 +175,18 @@ class TigerBeetleLedger:
             if not error.transient:
                 raise error
             _log.warning("TigerBeetle at %s does not work yet: %s", self._addresses, error)
+        if self._left_over:
+            threading.Thread(target=self._send_later, name="outgoing", daemon=True).start()
+
+    def _send_later(self) -> None:
+        """Send what the start could not send, also if no new signal comes."""
+        while self._left_over:
+            time.sleep(_SEND_AGAIN_SECONDS)
+            try:
+                self.record([])
+            except LedgerError as error:
+                if not error.transient:  # it is closed, or somebody must fix something
+                    return
 
     def _try_start(self, failed: list[LedgerError]) -> None:
         try:
@@ -198,7 +216,11 @@ class TigerBeetleLedger:
         while page := self._journal.outgoing(after, PAGE):
             after = page[-1][0]
             self._post(session, [signal for _, signal in page])
+            self._clients.succeeded()
             sent += len(page)
+            self._sent_again += len(page)
+            if sent % _REPORT_EVERY == 0:
+                _log.info("%d outgoing signals were sent again so far", sent)
         self._settled()
         with self._lock:
             self._left_over = self._clients.left(session)
@@ -225,10 +247,11 @@ class TigerBeetleLedger:
         refused = self._create_accounts(session, signals)
         sent = [signal for signal in signals if signal.id not in refused]
         for some in _chunks(sent, self._batch):
-            results = session.client.create_transfers([event(signal) for signal in some])
-            for signal, result in zip(some, results, strict=True):
-                if result.status not in (*_NEW, *_THERE):
-                    refused[signal.id] = f"transfer: {result.status.name}"
+            statuses = packed.create_transfers(session.client, some)
+            if not _DONE.issuperset(statuses):
+                for signal, status in zip(some, statuses, strict=True):
+                    if status not in _DONE:
+                        refused[signal.id] = f"transfer: {packed.status_name(status)}"
         if signals:
             if self._clients.left(session):
                 # The caller gave up and sends them again; they are settled then, as new.
@@ -247,15 +270,15 @@ class TigerBeetleLedger:
         """Create missing accounts: TigerBeetle refuses a transfer without accounts, and its id for
         ever after. Returns by signal id why some cannot have accounts."""
         accounts: dict[int, tb.Account] = {}
-        for signal in signals:
-            for account in _accounts(signal):
+        for tenant, rule_id in {(signal.tenant, signal.rule_id) for signal in signals}:
+            for account in accounts_of(tenant, rule_id):
                 if account.id not in session.accounts:
                     accounts.setdefault(account.id, account)
         failed: dict[int, str] = {}
         for some in _chunks(list(accounts.values()), self._batch):
             results = session.client.create_accounts(some)
             for account, result in zip(some, results, strict=True):
-                if result.status not in (*_NEW, *_THERE):
+                if result.status not in _MADE:
                     failed[account.id] = f"account: {result.status.name}"
         if len(session.accounts) + len(accounts) > _KNOWN_ACCOUNTS:
             session.accounts.clear()
@@ -265,7 +288,10 @@ class TigerBeetleLedger:
         return {
             signal.id: failed[account]
             for signal in signals
-            for account in (tenant_account(signal.tenant), _rule(signal))
+            for account in (
+                tenant_account(signal.tenant),
+                rule_account(signal.tenant, signal.rule_id),
+            )
             if account in failed
         }
 
@@ -387,39 +413,12 @@ class TigerBeetleLedger:
                 self._clients.succeeded()
 
 
-def _rule(signal: Signal) -> int:
-    return rule_account(signal.tenant, signal.rule_id)
-
-
-def _accounts(signal: Signal) -> Iterable[tb.Account]:
-    tenant, ledger = tenant_account(signal.tenant), ledger_number(signal.tenant)
-    yield tb.Account(id=tenant, ledger=ledger, code=TENANT, user_data_128=tenant)
-    yield tb.Account(id=_rule(signal), ledger=ledger, code=RULE, user_data_128=tenant)
-
-
-def event(signal: Signal) -> tb.Transfer:
-    """The signal's transfer. It depends only on what makes up the signal's id, because a breach
-    that is found again after a crash must give the identical event."""
-    move = transfer(signal)
-    return tb.Transfer(
-        id=move.id,
-        debit_account_id=move.debit_account,
-        credit_account_id=move.credit_account,
-        amount=AMOUNT,
-        user_data_128=_hex(signal.trace_id, 128),
-        user_data_64=_hex(signal.rule_version, 64),
-        ledger=move.ledger,
-        code=int(move.code),
-    )
-
-
-def _hex(text: str, bits: int) -> int:
-    """``text`` as a hexadecimal number; 0 if it is not one or has too many bits."""
-    try:
-        number = int(text, 16)
-    except ValueError:
-        return 0
-    return number if 0 <= number < 1 << bits else 0
+def accounts_of(tenant: str, rule_id: str) -> Iterable[tb.Account]:
+    """The accounts of a tenant and of its rule."""
+    owner, ledger = tenant_account(tenant), ledger_number(tenant)
+    rule = rule_account(tenant, rule_id)
+    yield tb.Account(id=owner, ledger=ledger, code=TENANT, user_data_128=owner)
+    yield tb.Account(id=rule, ledger=ledger, code=RULE, user_data_128=owner)
 
 
 def _chunks(items: list[T], size: int) -> Iterator[list[T]]:

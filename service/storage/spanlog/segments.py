@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 
 from betrace.service.storage.spanlog.frames import MAX_SEGMENT
 from betrace.service.storage.spanlog.gaps import DAY_NS, LATE_NS
+from betrace.service.times import day_ns
 
 _log = logging.getLogger("service.spanlog")
 
@@ -54,11 +55,6 @@ def _segment_number(path: Path) -> int:
         return 0
     number = int(path.stem)
     return number if number <= MAX_SEGMENT else 0
-
-
-def day_ns(day: date) -> int:
-    """When a day begins."""
-    return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 10**9
 
 
 def covers(day: date, since_ns: int | None, until_ns: int | None) -> bool:

@@ -29,9 +29,10 @@ from betrace.service.storage.spanlog.gaps import Gaps
 from betrace.service.storage.spanlog.open_files import OpenFiles
 from betrace.service.storage.spanlog.placement import Placement, SegmentWrite
 from betrace.service.storage.spanlog.rule_markers import NAME, LoggedRules, RuleMarkers
-from betrace.service.storage.spanlog.segments import Segment, covers, day_ns, find_segments
+from betrace.service.storage.spanlog.segments import Segment, covers, find_segments
+from betrace.service.times import day_ns
 
-_READ_FIRST = 1 << 16
+_READ_FIRST = 1 << 12
 # After a process crash, its last writes may not be on the disk yet. The kernel writes back what is
 # older than 30 s; segments that changed within this time are synced again.
 _UNCERTAIN_SECONDS = 600
@@ -331,10 +332,8 @@ class TenantLog:
                     self._corrupt(number, offset, header, None)
                     raise FrameCorrupt(f"{header}: {where}")
                 payload = data[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + header.length]
-                if len(payload) < header.length:
-                    payload += os.pread(
-                        descriptor, header.length - len(payload), offset + len(data)
-                    )
+                if len(payload) < header.length:  # reading it again costs less than joining
+                    payload = os.pread(descriptor, header.length, offset + FRAME_HEADER_BYTES)
         except FileNotFoundError:
             raise FrameMissing(f"the segment's file is gone: {where}") from None
         found = header.frame(payload)

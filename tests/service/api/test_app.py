@@ -11,7 +11,7 @@ from betrace.service.pipeline.request import Done
 from betrace.service.storage.duck.schema import StoreError
 from betrace.service.tenancy.authentication import Denied
 from tests.support.api_client import ApiClient
-from tests.support.inprocess import closed, opened, running, send, settings
+from tests.support.inprocess import closed, opened, put_rule, running, send, settings
 from tests.support.spans import S
 
 RULE = {"name": "Payments", "severity": "high", "condition": "never { a }"}
@@ -99,7 +99,7 @@ class Authenticator:
 async def test_each_kind_of_endpoint_checks_its_callers(service):
     client = ApiClient(service, Authenticator())
     for tenant in ("acme", "other"):
-        service.tools.rule_writer.put(tenant, tenant, {"condition": "never { a }"}, None)
+        await put_rule(service, tenant, tenant, {"condition": "never { a }"})
 
     async def rules(**headers):
         return [rule["id"] for rule in (await client.get("/api/v1/rules", **headers))["rules"]]
@@ -122,7 +122,7 @@ async def test_each_kind_of_endpoint_checks_its_callers(service):
 
 
 async def test_without_authentication_the_header_names_the_tenant(client, service):
-    service.tools.rule_writer.put("acme", "r", {"condition": "never { a }"}, None)
+    await put_rule(service, "acme", "r", {"condition": "never { a }"})
     assert len((await client.get("/api/v1/rules", X_Scope_OrgID="acme"))["rules"]) == 1
     assert (await client.get("/api/v1/rules"))["rules"] == []
     error = await client.get("/api/v1/signals", 400, X_Scope_OrgID="Acme!")
@@ -210,7 +210,8 @@ async def test_two_tenants_or_tokens_are_refused(tmp_path):
         answer = await ApiClient(service).client.get("/api/v1/signals", headers=twice)
         assert answer.status_code == 400
         assert "'acme, beta' is not a tenant name" in await answer.get_data(as_text=True)
-    with opened(settings(tmp_path, auth={"enabled": True, "operator_token": "o" * 32})) as service:
+    auth = {"enabled": True, "operator_token": "o" * 32}
+    with opened(settings(tmp_path / "second", auth=auth)) as service:
         for value, status in (("Bearer " + "o" * 32, 200), ("Bearer x", 403)):
             headers = Headers([("Authorization", value)])
             answer = await ApiClient(service).client.get("/api/admin/breakers", headers=headers)
@@ -220,6 +221,7 @@ async def test_two_tenants_or_tokens_are_refused(tmp_path):
         assert answer.status_code == 403
 
 
+@pytest.mark.also_on_cluster
 async def test_a_trace_whose_spans_end_before_they_start_has_no_duration(tmp_path):
     async with running(settings(tmp_path)) as service:
         assert await send(service, [S(1, start=9, end=2)]) == Done(1)

@@ -7,6 +7,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from betrace.service.tenancy import changes
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
 from tests.support.spans import S
@@ -56,7 +57,7 @@ async def test_a_warm_up_loads_rules_keys_and_traces(config, tmp_path):
 
     key = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
     async with running(config) as service:
-        service.gate.directory.create("acme", None, key)
+        service.gate.directory.change("acme", changes.create(None, key))
         await send(service, [S(1), S(2)], "acme")
         await closed(service)
         for name in NAMES:
@@ -80,6 +81,7 @@ async def test_a_warm_up_loads_rules_keys_and_traces(config, tmp_path):
     assert {"cache": "publicKeys", "tenant": "acme", "operator": "kim"}.items() <= audit[-2].items()
 
 
+@pytest.mark.also_on_cluster
 async def test_a_second_view_of_a_trace_is_a_hit(config):
     async with running(config) as service:
         await send(service, [S(1), S(2)])

@@ -7,6 +7,7 @@ from tests.support.api_client import ApiClient
 from tests.support.inprocess import opened, running, settings
 
 
+@pytest.mark.also_on_cluster
 async def test_health(tmp_path):
     async with running(settings(tmp_path)) as service:
         client = ApiClient(service)

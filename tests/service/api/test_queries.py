@@ -38,14 +38,27 @@ from betrace.service.storage.undecided import UndecidedStore
 from betrace.service.traces.late_filter import ClosedTraces
 from betrace.service.traces.limits import LateSpans, TraceLimits
 from betrace.service.traces.verdicts import decide_due
+from tests.support import inprocess
 from tests.support.api_records import NOW, OTHER, RULE, SECOND, TRACE, make_signal, otlp, span
+from tests.support.on_cluster import remote
 
 END = {"trace_complete": True}
 TIMES = {"now": NOW, "later": NOW + 1, "end": NOW + 2}  # not in the tests' ids
 
 
 @pytest.fixture
-def stores(tmp_path, warm, monkeypatch):
+async def log(tmp_path):
+    """The span log; on a cluster its streams."""
+    if inprocess.place is None:
+        with SpanLog(tmp_path / "log") as log:
+            yield log
+    else:
+        async with inprocess.place.span_log(tmp_path / "log") as log:
+            yield log
+
+
+@pytest.fixture
+async def stores(tmp_path, warm, monkeypatch, log):
     monkeypatch.setattr(correlate, "FIRST_SLICE", 3600.0)  # nothing folds a backlog here
     monkeypatch.setattr(correlate, "ALL_SLICES", 3600.0)
     (tmp_path / "rules").mkdir()
@@ -66,11 +79,13 @@ def stores(tmp_path, warm, monkeypatch):
     s.correlate = CorrelateStage(traces, threads, s.due)
     s.triage = TriageStore(tmp_path / "triage.sqlite")
     s.undecided = UndecidedStore(tmp_path / "undecided.sqlite")
-    with DuckStore(tmp_path / "duck") as s.duck, SpanLog(tmp_path / "log") as s.log:
+    with DuckStore(tmp_path / "duck") as s.duck:
+        s.log = log
         s.history = TraceHistory(s.duck, s.log, 1 << 20)
         metadata = TraceMetadataCache(s.duck, maxsize=100, ttl_seconds=300, max_bytes=1 << 20)
         config = Settings(ingest={"max_body_bytes": 1 << 20})
-        s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, traces, s.triage, config)
+        seen = traces if inprocess.place is None else remote(traces)
+        s.reader = TraceReader(s.duck, metadata, s.log, s.rules.rules, seen, s.triage, config)
         api_threads = ThreadRunner("api", 2)
         tools = Tools(
             SimpleNamespace(settings=config, rules=s.rules, node=None),
@@ -176,6 +191,7 @@ async def add_rules(stores, **conditions):
         await ask(stores, "PUT", f"/api/v1/rules/{rule_id}", 201, {"condition": condition})
 
 
+@pytest.mark.also_on_cluster
 async def test_a_trace_with_its_signals_and_verdicts(stores):
     await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
     await add_rules(stores, kept="always { checkout }", off="never { checkout }")
@@ -231,6 +247,7 @@ async def test_with_damaged_frames_only_breaches_are_certain(stores, damage):
     assert trace["verdicts"]["seen"]["signal"] is None
 
 
+@pytest.mark.also_on_cluster
 async def test_released_frames_are_missing_but_the_signal_has_the_verdict(stores):
     await ask(stores, "PUT", "/api/v1/rules/bypass", 201, RULE)
     await add_rules(stores, other="never { checkout }")
@@ -251,6 +268,7 @@ async def test_missing_spans_make_verdicts_unknown(stores):
     assert (trace["missing"], said(trace)) == (0, {"absent": "unknown"})
 
 
+@pytest.mark.also_on_cluster
 async def test_an_open_trace(stores):
     await add_rules(stores, seen="never { pay }", absent="always { ship }")
     await show(stores, 404)
@@ -276,6 +294,7 @@ async def test_an_open_trace(stores):
         project(stores)
 
 
+@pytest.mark.also_on_cluster
 async def test_a_reopened_trace(stores):
     await add_rules(stores, absent="always { ship }")
     await accept(stores, span("checkout", 1, **END))

@@ -37,6 +37,7 @@ async def test_validating_a_condition(client):
     await client.ask("POST", path, 400, {"conditon": "a"})
 
 
+@pytest.mark.also_on_cluster
 async def test_rules_are_files_and_change_under_their_etag(client, service, rules):
     created = await client.ask("PUT", "/api/v1/rules/bypass", 201, RULE)
     assert (created["name"], created["enabled"]) == ("bypass", True)

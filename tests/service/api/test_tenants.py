@@ -107,10 +107,11 @@ async def test_missing_and_conflicting_tenants(client):
         await client.ask(method, path, 404, body)
 
 
+@pytest.mark.one_process("the tenants of a cluster are in a bucket")
 async def test_a_failing_disk_gets_503(client, service, monkeypatch):
     def fails(*_):
         raise DirectoryError("the disk is full")
 
-    monkeypatch.setattr(service.gate.directory, "create", fails)
+    monkeypatch.setattr(service.gate.directory, "change", fails)
     error = await client.post(T, 503, {"tenant": "acme"})
     assert error["message"] == "the disk is full"

@@ -75,6 +75,7 @@ async def test_a_signal_is_acknowledged(client, service):
     await client.post(f"{path}/acknowledge", 400, {"note": "x" * 501})
 
 
+@pytest.mark.also_on_cluster
 async def test_signals_of_a_muted_rule_are_recorded_and_counted_as_muted(tmp_path):
     write_rules(tmp_path, {"bad": "never { a }", "worse": "never { a }"})
     async with running_service(settings(tmp_path)) as service:
@@ -127,6 +128,7 @@ async def test_signals_of_a_shadow_rule_are_recorded_and_shown(tmp_path):
         assert f'{series % (muted, rule)}tenant="default"}} {count}.0' in text
 
 
+@pytest.mark.also_on_cluster
 async def test_signals_of_incomplete_traces_say_so(tmp_path):
     folder = tmp_path / "rules" / "default"
     folder.mkdir(parents=True)

@@ -25,6 +25,7 @@ from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.fenced import FencedLog
+from betrace.service.storage.jetstream.generations import Finished, finished_key
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.spans import SpanStreams
@@ -94,8 +95,47 @@ def test_init_creates_once(environment: dict[str, str]) -> None:
     assert json.loads(run(environment, "init", "--json").stdout) == {"done": []}
     other = environment | {"BETRACE_CLUSTER__PARTITIONS": "3"}
     result = run(other, "init")
-    assert result.exit_code == 3
-    assert "set cluster.partitions = 2 instead of 3" in result.stderr
+    assert result.exit_code == 0
+    assert "2 partitions; cluster.partitions = 3 in the configuration is ignored" in result.stdout
+
+
+def test_resize_asks_and_shows_the_progress(environment: dict[str, str]) -> None:
+    missing = run(environment, "resize", "--partitions", "4")
+    assert missing.exit_code == 3
+    assert "run: betrace cluster init" in missing.stderr
+    run(environment, "init")
+    refused = run(environment, "resize", "--partitions", "3", "--yes")
+    assert refused.exit_code == 3
+    assert "can only be multiplied" in refused.stderr
+    asked = run(environment, "resize", "--partitions", "4")
+    assert asked.exit_code == 1
+    assert "from 2 to 4 partitions" in asked.stdout
+    begun = run(environment, "resize", "--partitions", "4", "--yes", "--wait", "0s")
+    assert begun.exit_code == 1, begun.output
+    assert "created 8 streams" in begun.stdout
+    assert "0 of 2 former partitions are finished" in begun.stdout
+    assert "not finished: 0, 1" in begun.stdout
+    found = json.loads(run(environment, "status", "--json").stdout)
+    assert found["generations"] == [{"first": 0, "count": 2}, {"first": 2, "count": 4}]
+    assert [each["partition"] for each in found["partitions"]] == list(range(6))
+    assert any("change to 4 partitions is under way" in each for each in found["problems"])
+
+    async def finish() -> None:
+        settings = of_cluster(environment)
+        client = await NatsClient.connect(settings, "test")
+        try:
+            config = ConfigBucket(client, Layout.of(settings).config_bucket)
+            for partition in range(2):
+                await config.put(finished_key(partition), Finished(1, 1).to_json())
+        finally:
+            await client.close()
+
+    trio.run(finish)
+    done = run(environment, "resize", "--partitions", "4")
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 former partitions are finished" in done.stdout
+    assert done.stdout.endswith("has 4 partitions\n")
+    assert "spans go to the partitions 2 to 5; former: 0 to 1" in run(environment, "status").stdout
 
 
 def test_status_before_init(environment: dict[str, str]) -> None:
@@ -176,7 +216,7 @@ def test_doctor_looks_at_servers_and_streams(
     found = findings(environment, monkeypatch, tmp_path)
     assert [each.status for each in found] == [OK, OK, NOTE, OK, OK], found
     text = "\n".join(each.found for each in found)
-    for part in ("version 2.", "8.0 MiB", "syncs every write", "one server only", "8 streams"):
+    for part in ("version 2.", "8.0 MiB", "syncs every write", "one server only", "9 streams"):
         assert part in text
     (unknown,) = (
         each

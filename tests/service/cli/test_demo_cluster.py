@@ -176,7 +176,16 @@ def test_once_kills_processes_and_finds_what_was_due() -> None:
     assert report["ok"] is True
     assert report["due"] == report["found"] > 0
     assert (report["lost"], report["false"], report["doubled"]) == (0, 0, 0)
-    assert [name.partition("-")[0] for name in report["outages"]] == ["evaluator", "edge", "nats"]
+    assert [name.partition("-")[0] for name in report["outages"]] == [
+        "evaluator",
+        "edge",
+        "nats",
+        "query",
+    ]
+    assert {name: each["found"] for name, each in report["nodes"].items()} == {
+        "query-1": report["due"],
+        "query-2": report["due"],
+    }
     for name in report["outages"]:
         assert f"killing {name} (SIGKILL)" in result.stderr
         assert f"{name} runs again" in result.stderr

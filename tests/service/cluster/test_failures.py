@@ -17,6 +17,7 @@ from betrace.service.cluster.evaluator.evaluator import Evaluator
 from betrace.service.cluster.output import Output
 from betrace.service.storage.jetstream.blobs import Blobs
 from betrace.service.storage.jetstream.nats import Nats
+from betrace.service.storage.jetstream.process_leases import HeldLease, ProcessLeases
 from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from tests.cluster.links import Link
@@ -121,20 +122,24 @@ async def test_an_evaluator_is_cut_off(cluster):
         link.close()
 
 
-class NoLeases:
+class NoLeases(ProcessLeases):
     """Whoever asks gets the lease."""
 
-    async def acquire(self, key: str, owner: str) -> str:
-        return key
+    def __init__(self) -> None:
+        super().__init__(None, 2)
+        self.ready.set()
 
-    async def renew(self, lease: str) -> bool:
-        return True
-
-    async def release(self, lease: str) -> None:
+    async def run(self) -> None:
         pass
 
-    async def owners(self) -> dict[str, str]:
-        return {}
+    async def acquire(self, key: str, owner: str) -> HeldLease:
+        return HeldLease(key, owner, 1)
+
+    async def renew(self) -> None:
+        pass
+
+    async def release(self, lease: HeldLease) -> None:
+        pass
 
 
 def alone(evaluator: Evaluator) -> None:

@@ -4,15 +4,19 @@ at the query node."""
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from contextlib import ExitStack
 
+import httpx
 import pytest
+from click.testing import CliRunner
 
+from betrace.service.cli.main import cli
 from betrace.service.storage.paths import tenant_directory
 from tests.support.cluster_processes import Cluster
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
-from tests.support.process import RULES, wait_for
+from tests.support.process import ANSWER_SECONDS, RULES, wait_for
 from tests.support.spans import S, body
 
 pytestmark = pytest.mark.slow
@@ -132,6 +136,64 @@ def test_late_spans_of_a_trace_that_left_memory(whole):
         return node.get("/api/cluster").json()["index"]["requests"]
 
     wait_for(read_back, WAIT)
+
+
+def test_an_undeployed_rule_is_replayed_over_the_history(whole, tmp_path):
+    node, cluster = whole
+    trace_id = send(node, 900)
+    signals(node, trace_id)
+    rules = tmp_path / "new.yaml"
+    rules.write_text("rules:\n  - id: new\n    condition: 'never { loop }'\n")
+    config, data = str(cluster.config("all")), str(cluster.data("all"))
+    arguments = ["replay", "--config", config, "--rules", str(rules)]
+    done = CliRunner().invoke(cli, [*arguments, "--dry-run", "--json"])
+    assert done.exit_code == 1, done.output
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {each["rule_id"] for each in found} == {"new"}
+    assert trace_id in {each["trace_id"] for each in found}
+    done = CliRunner().invoke(cli, [*arguments, "--data", data])
+    assert done.exit_code == 3
+    assert "cannot be recorded while the service runs" in done.output
+
+
+def test_edges_are_paused_and_resumed(whole):
+    node, _ = whole
+    data, _ = loop(901)
+
+    def act(action):
+        url = f"{node.api}/api/admin/pipeline/{action}"
+        return httpx.post(url, timeout=ANSWER_SECONDS, trust_env=False)
+
+    drained = act("drain?wait=60")
+    assert (drained.status_code, drained.json()["ingestion"]) == (200, "paused"), drained.text
+    assert drained.json()["drained"] is True
+    assert "paused" in wait_for(lambda: (a := node.send(data)).status_code == 503 and a.text, WAIT)
+    assert act("resume").json()["ingestion"] == "open"
+    send(node, 901)
+
+
+def test_a_backup_is_restored_to_a_new_cluster(whole, server, tmp_path):
+    node, cluster = whole
+    trace_id = send(node, 902)
+    signals(node, trace_id)
+
+    def betrace(*arguments):
+        done = CliRunner().invoke(cli, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    copy, first = tmp_path / "copy", cluster.config("all")
+    betrace("backup", copy, "--config", first, "--data", cluster.data("all"))
+    again = betrace("restore", copy, "--config", first, "--data", tmp_path / "again")
+    assert "This is the cluster of the backup" in again
+    other = Cluster(tmp_path, server.settings(prefix="restored"))
+    other.init()
+    told = betrace("restore", copy, "--config", other.config("new"), "--data", other.data("new"))
+    assert "keys of the old one" in told
+    other.rules("new")
+    with other.running("edge,evaluator,query", "new", traces__idle_seconds="0.5") as restored:
+        assert signals(restored, trace_id)
+        assert signals(restored, send(restored, 903))
 
 
 def test_rules_that_change_apply_to_new_traces(whole):

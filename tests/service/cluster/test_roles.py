@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 
 import orjson
 import pytest
@@ -14,7 +15,11 @@ from prometheus_client.core import GaugeMetricFamily
 from betrace.service.app.roles import Role, RoleError, kernels_of, read_roles
 from betrace.service.app.status import NodeStatus, StatusApp
 from betrace.service.cli.main import cli
+from betrace.service.config.settings import Settings
 from betrace.service.pipeline.warmup import PARTS
+from betrace.service.tenancy.authentication import OperatorTokens
+from betrace.service.tenancy.directory import TenantDirectory
+from betrace.service.tenancy.gate import Gate
 
 CLUSTER = "[cluster]\npartitions = 2\n"
 
@@ -48,15 +53,7 @@ def test_all_roles_together_need_all_kernels():
     [
         (CLUSTER, ["serve"], "say what this process does with --role"),
         ("", ["serve", "--role", "edge"], "there is no section [cluster]"),
-        (CLUSTER, ["replay"], "betrace replay does not work with [cluster] yet"),
-        (CLUSTER, ["archive"], "betrace archive does not work with [cluster] yet"),
-        (CLUSTER, ["backup", "x"], "betrace backup does not work with [cluster] yet"),
-        (CLUSTER, ["restore", "."], "betrace restore does not work with [cluster] yet"),
-        (
-            f"{CLUSTER}[archive]\nenabled = true\n",
-            ["serve", "--role", "query"],
-            "archive.enabled does not work with [cluster] yet",
-        ),
+        (CLUSTER, ["backup", "x", "--data", "x"], "edges and evaluators keep nothing"),
         (
             f"{CLUSTER}[retention]\nlog_days = 1\n[traces]\nmax_age_seconds = 50_000\n",
             ["serve", "--role", "evaluator"],
@@ -85,15 +82,17 @@ def test_a_service_without_a_cluster_imports_nothing_of_it():
 class Asked:
     """A status application, and a client."""
 
-    def __init__(self, state="ready"):
+    def __init__(self, state="ready", authenticator=None):
         def metrics():
             yield GaugeMetricFamily("betrace_test", "A test.", 5)
 
         parts = {"edge": {"status": "ok", "detail": "open"}}
         roles = ("edge", "evaluator")
-        self.app = StatusApp(NodeStatus("edge-1", roles, lambda: state, lambda: parts, metrics))
+        self.app = StatusApp(
+            NodeStatus("edge-1", roles, lambda: state, lambda: parts, metrics, authenticator)
+        )
 
-    async def get(self, path, method="GET"):
+    async def get(self, path, method="GET", headers=()):
         sent = []
 
         async def send(message):
@@ -102,7 +101,9 @@ class Asked:
         async def receive():
             raise AssertionError("nothing is read")
 
-        await self.app({"type": "http", "method": method, "path": path}, receive, send)
+        scope = {"type": "http", "method": method, "path": path, "headers": headers}
+        await self.app(scope, receive, send)
+        self.app.close()
         return sent[0]["status"], sent[1]["body"]
 
 
@@ -128,6 +129,18 @@ async def test_metrics_are_those_of_the_parts_and_of_the_process():
     assert "betrace_test 5.0" in lines
     assert 'betrace_cluster_node_info{node="edge-1",roles="edge,evaluator"} 1.0' in lines
     assert any(line.startswith("process_cpu_seconds_total") for line in lines)
+
+
+async def test_metrics_need_the_scrape_token_with_authentication(tmp_path):
+    settings = Settings(storage={"path": tmp_path}, auth={"scrape_token": "s" * 32})
+    with closing(TenantDirectory(tmp_path / "tenants.sqlite")) as directory:
+        gate = Gate(settings, directory, OperatorTokens("o" * 32), None)
+        for token, status in ((b"s", 200), (b"x", 403), (b"", 401)):
+            header = (b"authorization", b"Bearer " + token * 32)
+            asked = Asked(authenticator=gate.authenticator)
+            assert (await asked.get("/metrics", headers=[header] * bool(token)))[0] == status
+            assert (await Asked(authenticator=gate.authenticator).get("/readyz"))[0] == 200
+        gate.close()
 
 
 async def test_other_paths_point_to_a_query_node():

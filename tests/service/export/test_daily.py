@@ -15,8 +15,9 @@ import trio.testing
 from click.testing import CliRunner
 
 from betrace.service.cli.main import cli
+from betrace.service.config.settings import Settings
 from betrace.service.export import daily as daily_module
-from betrace.service.export.archiver import today
+from betrace.service.export.archiver import Archiver, archive_directory, today
 from betrace.service.export.daily import Daily
 from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.spanlog.log import SpanLog
@@ -35,6 +36,13 @@ def old_log(data: Path, days: int = 3) -> None:
         save(data, {"acme": (last, [])}, taken)
 
 
+def daily(config: Settings, log: SpanLog, store: DuckStore) -> Daily:
+    """The daily task of one process."""
+    data, most = config.storage.path, config.ingest.max_body_bytes
+    directory = archive_directory(config)
+    return Daily(config, store, lambda: Archiver(log, directory, data / "checkpoints", most))
+
+
 def archived(data: Path) -> list[int]:
     return [pq.read_metadata(path).num_rows for path in sorted(data.rglob("*.parquet"))]
 
@@ -43,7 +51,7 @@ async def test_a_run_archives_and_then_releases(tmp_path: Path) -> None:
     config = settings(tmp_path, archive={"enabled": True}, retention={"log_days": 7})
     old_log(config.storage.path)
     with SpanLog(config.storage.path) as log, DuckStore(config.storage.path) as store:
-        task = Daily(config, log, store)
+        task = daily(config, log, store)
         try:
             assert await task.run()
             assert task.spans == 9
@@ -63,7 +71,7 @@ async def test_nothing_is_released_when_the_archive_cannot_be_written(tmp_path: 
     old_log(config.storage.path)
     (config.storage.path / "archive").write_text("a file is in the way")
     with SpanLog(config.storage.path) as log, DuckStore(config.storage.path) as store:
-        task = Daily(config, log, store)
+        task = daily(config, log, store)
         try:
             assert not await task.run()
             assert task.failures == 1
@@ -104,7 +112,7 @@ async def test_it_runs_every_day_and_after_a_failure_within_an_hour(
 
     monkeypatch.setattr(Daily, "run", run)
     with SpanLog(config.storage.path) as log, DuckStore(config.storage.path) as store:
-        task = Daily(config, log, store)
+        task = daily(config, log, store)
         started = trio.current_time()
         with trio.move_on_after(3 * 86_400):
             await task.every_day()
@@ -119,7 +127,7 @@ async def test_it_runs_every_day_and_after_a_failure_within_an_hour(
 async def test_it_ends_if_nothing_is_configured(tmp_path: Path) -> None:
     config = settings(tmp_path)
     with SpanLog(config.storage.path) as log, DuckStore(config.storage.path) as store:
-        task = Daily(config, log, store)
+        task = daily(config, log, store)
         with trio.fail_after(60):
             await task.every_day()
         task.close()

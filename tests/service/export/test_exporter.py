@@ -19,6 +19,7 @@ from betrace.service.export.destinations import Exports
 from betrace.service.signals import Kind, Signal
 from betrace.service.storage.ledger.base import LedgerEntries, LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
+from betrace.service.storage.signal_queues import LedgerQueues
 from tests.support.http_receiver import Receiver, receiving
 from tests.support.inprocess import closed, running, send, write_rules
 from tests.support.inprocess import settings as service_settings
@@ -57,7 +58,7 @@ async def exporting(
     settings: Settings, ledger: LedgerEntries, muted: Callable[[Signal], bool] = lambda _: False
 ) -> AsyncIterator[Exports]:
     breakers = Breakers(settings.breakers, settings.export.destinations)
-    exports = Exports(settings, ledger, breakers, muted)
+    exports = Exports(settings, LedgerQueues(ledger), breakers, muted)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(exports.run)

@@ -67,6 +67,7 @@ class Harness:
                 "breakers.evaluation.open_seconds": 0.3,
                 "breakers.evaluation.timeout_seconds": 60,
                 "checkpoint.interval_seconds": 0.3,
+                "checkpoint.max_interval_seconds": 0.3,
                 "duckdb.flush_ms": 20,
                 "traces.idle_seconds": 0.5,
                 **changes,

@@ -8,7 +8,7 @@ import trio
 from betrace.service.app.service import Service
 from betrace.service.signals import Kind
 from betrace.service.storage.duck.schema import StoreError
-from betrace.service.traces.relational import ReadingPace
+from betrace.service.traces.reading_pace import ReadingPace
 from tests.support.inprocess import (
     active_signals,
     closed,

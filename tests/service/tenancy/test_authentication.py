@@ -14,7 +14,8 @@ from betrace.service.tenancy.authentication import (
     SecretError,
     operator_tokens,
 )
-from betrace.service.tenancy.directory import DirectoryError, PublicKey
+from betrace.service.tenancy.directory import DirectoryError
+from betrace.service.tenancy.tenant import PublicKey
 from betrace.service.tenancy.tokens import key_id, make_token
 from tests.support.tenant_keys import OPERATOR, READER, SCRAPER, new_key, raw, sign
 

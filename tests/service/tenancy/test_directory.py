@@ -2,15 +2,10 @@ import sqlite3
 
 import pytest
 
-from betrace.service.tenancy.directory import (
-    MOST_KEYS,
-    DirectoryError,
-    Hidden,
-    TenantConflictError,
-    TenantDirectory,
-    TenantState,
-    UnknownTenantError,
-)
+from betrace.service.tenancy import changes
+from betrace.service.tenancy.changes import MOST_KEYS, TenantConflictError, UnknownTenantError
+from betrace.service.tenancy.directory import DirectoryError, Hidden, TenantDirectory
+from betrace.service.tenancy.tenant import TenantState
 from betrace.service.tenancy.tokens import key_id
 from tests.support.tenant_keys import new_key, raw
 
@@ -38,8 +33,8 @@ def directory(tmp_path, clock):
 
 def test_tenants_survive_a_restart(tmp_path, directory):
     key = raw(new_key())
-    made = directory.create("acme", 500, key)
-    directory.create("beta", None, None)
+    made = directory.change("acme", changes.create(500, key))
+    directory.change("beta", changes.create(None, None))
     directory.close()
     again = TenantDirectory(tmp_path / "data" / "tenants.sqlite")
     assert again.get("acme") == made
@@ -53,62 +48,64 @@ def test_tenants_survive_a_restart(tmp_path, directory):
 
 
 def test_a_tenant_is_created_once(directory):
-    directory.create("acme", None, None)
+    directory.change("acme", changes.create(None, None))
     with pytest.raises(TenantConflictError, match="exists"):
-        directory.create("acme", None, None)
+        directory.change("acme", changes.create(None, None))
     with pytest.raises(ValueError, match="a tenant name"):
-        directory.create("../acme", None, None)
+        directory.change("../acme", changes.create(None, None))
 
 
 def test_old_keys_are_valid_for_their_grace_period(directory, clock):
     old, new = raw(new_key()), raw(new_key())
-    directory.create("acme", None, old)
-    directory.add_key("acme", new, 60)
+    directory.change("acme", changes.create(None, old))
+    directory.change("acme", changes.add_key(new, 60))
     assert directory.public_key("acme", key_id(old)).expires_ns == clock.now + 60 * SECOND
     assert directory.public_key("acme", key_id(new)).expires_ns is None
-    directory.add_key("acme", raw(new_key()), 3600)  # does not lengthen the grace of the first
+    directory.change(
+        "acme", changes.add_key(raw(new_key()), 3600)
+    )  # does not lengthen the grace of the first
     clock.now += 61 * SECOND
     assert directory.public_key("acme", key_id(old)) is None
     assert directory.public_key("acme", key_id(new)) is not None
-    directory.add_key("acme", raw(new_key()), 0)
+    directory.change("acme", changes.add_key(raw(new_key()), 0))
     assert key_id(old) not in [key.kid for key in directory.get("acme").keys]
 
 
 def test_a_key_is_revoked_immediately(directory):
     key = raw(new_key())
-    directory.create("acme", None, key)
-    directory.create("beta", None, key)
-    directory.revoke_key("acme", key_id(key))
+    directory.change("acme", changes.create(None, key))
+    directory.change("beta", changes.create(None, key))
+    directory.change("acme", changes.revoke_key(key_id(key)))
     assert directory.public_key("acme", key_id(key)) is None
     assert directory.public_key("beta", key_id(key)) is not None
     with pytest.raises(UnknownTenantError, match="no such key"):
-        directory.revoke_key("acme", key_id(key))
+        directory.change("acme", changes.revoke_key(key_id(key)))
     with pytest.raises(UnknownTenantError, match="no tenant"):
-        directory.revoke_key("none", key_id(key))
+        directory.change("none", changes.revoke_key(key_id(key)))
 
 
 def test_keys_are_bounded_and_not_repeated(directory):
     key = raw(new_key())
-    directory.create("acme", None, key)
+    directory.change("acme", changes.create(None, key))
     with pytest.raises(TenantConflictError, match="already has this key"):
-        directory.add_key("acme", key, 0)
+        directory.change("acme", changes.add_key(key, 0))
     for _ in range(MOST_KEYS - 1):
-        directory.add_key("acme", raw(new_key()), 3600)
+        directory.change("acme", changes.add_key(raw(new_key()), 3600))
     with pytest.raises(TenantConflictError, match="the most allowed"):
-        directory.add_key("acme", raw(new_key()), 3600)
+        directory.change("acme", changes.add_key(raw(new_key()), 3600))
 
 
 def test_a_tenant_that_is_deleted_has_no_keys_and_is_remembered_by_name(directory):
     key = raw(new_key())
-    directory.create("acme", 5, key)
+    directory.change("acme", changes.create(5, key))
     directory.begin_deletion("acme")
     assert directory.public_key("acme", key_id(key)) is None
     assert directory.quotas() == {}
     assert directory.get("acme").state is TenantState.DELETING
     for change in (
-        lambda: directory.create("acme", None, None),
-        lambda: directory.set_quota("acme", 1),
-        lambda: directory.add_key("acme", key, 0),
+        lambda: directory.change("acme", changes.create(None, None)),
+        lambda: directory.change("acme", changes.set_quota(1)),
+        lambda: directory.change("acme", changes.add_key(key, 0)),
     ):
         with pytest.raises(TenantConflictError, match="being deleted"):
             change()
@@ -117,7 +114,7 @@ def test_a_tenant_that_is_deleted_has_no_keys_and_is_remembered_by_name(director
     assert directory.get("acme") is None
     assert directory.page() == []
     assert directory.in_state(TenantState.DELETED) == {"acme"}
-    again = directory.create("acme", None, None)
+    again = directory.change("acme", changes.create(None, None))
     assert again.keys == ()
     assert directory.hidden() == {"acme": Hidden(17, 3)}
     assert directory.in_state(TenantState.DELETED, TenantState.DELETING) == set()
@@ -131,7 +128,7 @@ def test_one_that_was_never_made_can_be_deleted(directory):
 
 
 def test_names_and_kids_are_values_and_never_sql(directory):
-    directory.create("acme", None, raw(new_key()))
+    directory.change("acme", changes.create(None, raw(new_key())))
     for text in ("' OR '1'='1", "acme'; DROP TABLE tenants; --", "%", "acme\0"):
         assert directory.get(text) is None
         assert directory.public_key("acme", text) is None

@@ -12,6 +12,7 @@ from betrace.service.api.metrics.listener import metrics_app
 from betrace.service.api.openapi import all_endpoints
 from betrace.service.pipeline.request import Done
 from betrace.service.receiver.heads import Head
+from betrace.service.tenancy import changes
 from betrace.service.tenancy.tokens import key_id, make_token
 from tests.support.inprocess import closed, running, send, settings
 from tests.support.spans import S
@@ -60,7 +61,7 @@ async def world(tmp_path, fill=True):
         made = World(service)
         for tenant, key in KEYS.items():
             await service.tenants.create(ME, tenant, None, None)
-            service.gate.directory.add_key(tenant, raw(key), 0)
+            service.gate.directory.change(tenant, changes.add_key(raw(key), 0))
         rule = {"name": SECRET, "condition": f"never {{ {SECRET} }}", "severity": "low"}
         if fill:
             service.tools.rule_writer.put("acme", RULE, rule, None)

@@ -122,7 +122,8 @@ def test_a_trace_that_cannot_be_read_is_undecided():
     traces = TenantTraces("t", compile_rules([made]))
     traces.fold(batch(S(1, "a", parent=0)), now=1)
     (due,) = traces.close_due(now=2, idle_ns=0)
-    decided = decide_due(due, 3, RelationalRules(lambda due, ks: [(k, "it is gone") for k in ks]))
+    relational = RelationalRules(lambda due, ks: [[(k, "it is gone") for k in ks]])
+    decided = decide_due(due, 3, relational)
     assert [each.reason for each in decided.undecided] == ["it is gone"]
     assert not decided.signals
 

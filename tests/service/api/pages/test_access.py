@@ -7,13 +7,14 @@ import time
 from contextlib import asynccontextmanager
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from betrace.service.api.audit import Operator
 from betrace.service.api.pages.forms import local
 from betrace.service.api.pages.sessions import MOST_SESSIONS, SESSION_SECONDS, Sessions
 from betrace.service.tenancy.tokens import key_id, make_token
 from tests.service.api.pages.conftest import Browser, browsing, signal_id
-from tests.support.inprocess import closed, send
+from tests.support.inprocess import closed, put_rule, send
 from tests.support.spans import S
 from tests.support.tenant_keys import OPERATOR, READER, new_key, raw
 
@@ -22,6 +23,11 @@ AUTH = {"enabled": True, "operator_token": OPERATOR, "read_only_token": READER}
 ME = Operator("tester", "here")
 RULE = {"condition": "never { bypass }", "severity": "high", "name": "acmes-secret"}
 TRACE = bytes([7] * 16)
+
+
+def pem(key):
+    public = key.public_key()
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def token(tenant="acme", seconds=600):
@@ -34,9 +40,8 @@ async def tenants(tmp_path):
     async with browsing(tmp_path, "rules: []\n", auth=AUTH) as browser:
         service = browser.service
         for tenant, key in KEYS.items():
-            await service.tenants.create(ME, tenant, None, None)
-            service.gate.directory.add_key(tenant, raw(key), 0)
-        service.tools.rule_writer.put("acme", "mine", RULE, None)
+            await service.tenants.create(ME, tenant, None, pem(key))
+        await put_rule(service, "acme", "mine", RULE)
         await send(service, [S(1, "bypass", TRACE)], "acme")
         await closed(service)
         yield browser
@@ -144,7 +149,7 @@ async def test_an_operator_chooses_a_tenant(tmp_path):
 
 async def test_without_authentication_the_address_names_the_tenant(tmp_path):
     async with browsing(tmp_path, "rules: []\n") as browser:
-        browser.service.tools.rule_writer.put("acme", "mine", RULE, None)
+        await put_rule(browser.service, "acme", "mine", RULE)
         await send(browser.service, [S(1, "bypass", TRACE)], "acme")
         await closed(browser.service)
         assert "No trace has broken" in await browser.get("/signals")

@@ -8,7 +8,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from betrace.service.api.pages.spans import MOST_ATTRIBUTES, MOST_ROWS
 from tests.service.api.pages.conftest import TRACE, broken, browsing, signal_id
-from tests.support.inprocess import closed, request, send
+from tests.support.inprocess import closed, request, send, submit
 from tests.support.spans import S
 
 SCRIPT = "<script>alert(1)</script>"
@@ -61,9 +61,7 @@ def attacking_body(attributes=10_000):
 
 async def test_everything_is_escaped_and_cut(tmp_path):
     async with browsing(tmp_path) as browser:
-        asked = request(attacking_body())
-        await browser.service.pipeline.requests.send(asked)
-        await asked.reply.wait()
+        await submit(browser.service, request(attacking_body()))
         await closed(browser.service)
         signal = signal_id(browser, "no-bypass")
         for path in (f"/signals/{signal}", f"/traces/{TRACE.hex()}", "/traces", "/signals", "/"):

@@ -28,6 +28,7 @@ def text_of(html):
     return " ".join(re.sub(r"<[^>]+>", " ", html).split())
 
 
+@pytest.mark.also_on_cluster
 async def test_from_a_signal_to_the_span_and_the_line(browser):
     page = await browser.get(f"/signals/{signal_id(browser)}")
     words = text_of(page)

@@ -132,6 +132,20 @@ async def test_an_edge_that_stops_answers_what_it_has_received(cluster, client, 
     assert sum(stored.values()) == 10 * answered.count(200)
 
 
+async def test_an_edge_that_stops_takes_spans_until_the_delay_is_over(
+    cluster, client, http, tmp_path
+):
+    shutdown = {"delay_seconds": 0.5, "grace_seconds": 30}
+    settings = edge_settings(cluster, tmp_path / "edge", shutdown=shutdown)
+    async with running_edge(settings) as (edge, _, _):
+        began = trio.current_time()
+        edge.stop()
+        with trio.fail_after(60):
+            while edge.admission.state == "open":
+                await trio.sleep(0.01)
+        assert trio.current_time() - began >= 0.5
+
+
 async def test_a_full_stream_refuses_until_there_is_room(
     one_server, client, cluster, http, tmp_path
 ):

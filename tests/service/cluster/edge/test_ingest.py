@@ -14,12 +14,14 @@ import pytest
 import trio
 
 from betrace.channels import ThreadRunner
-from betrace.service.cluster.edge.group_commit import STALL_SECONDS, GroupCommit
+from betrace.service.cluster.edge.group_commit import GroupCommit
 from betrace.service.cluster.edge.ingest import EdgeIngest, group_bytes
+from betrace.service.cluster.edge.partition_groups import STALL_SECONDS
 from betrace.service.otlp import split as split_module
 from betrace.service.otlp.partition import partition_of
 from betrace.service.pipeline.request import Done, Refused, Reply, Request
 from betrace.service.storage.jetstream.errors import StreamFull
+from betrace.service.storage.jetstream.generations import Generation
 from tests.support import virtual
 from tests.support.fake_span_log import FakeSpanLog
 from tests.support.spans import S, body
@@ -49,7 +51,8 @@ class Bench:
         self.threads = ThreadRunner("ingest", 2)
         log: Any = self.log
         self.commit = GroupCommit(log, PARTITIONS, self.threads, most_group_bytes, most_bytes)
-        self.stage = EdgeIngest(self.commit, self.threads, PARTITIONS, MIB)
+        self.generation = Generation(0, PARTITIONS)
+        self.stage = EdgeIngest(self.commit, self.threads, lambda: self.generation, MIB)
 
     async def outcomes(self, *requests: Request) -> list[Done | Refused]:
         """Handle requests together."""
@@ -82,6 +85,17 @@ async def test_spans_reach_the_partitions_of_their_traces():
                     assert partition_of(frame.tenant, trace(number), PARTITIONS) == partition
         assert len(list(bench.log.frames())) <= 2 * PARTITIONS  # one for each tenant
         assert bench.stage.counts.accepted == 59
+
+
+async def test_after_a_change_spans_go_to_the_new_partitions():
+    async with running() as bench:
+        assert await bench.outcomes(request(body(S(1, trace=trace(1))))) == [Done(1)]
+        bench.generation = Generation(PARTITIONS, 2 * PARTITIONS)
+        spans = [S(number, trace=trace(number)) for number in range(2, 60)]
+        assert await bench.outcomes(request(body(*spans))) == [Done(58)]
+        found = [p for p, frame in bench.log.frames() if trace(1) not in bytes(frame.body)]
+        assert set(found) <= set(bench.generation.partitions)
+        assert sum(bench.commit.partition_spans[PARTITIONS:]) == 58
 
 
 async def test_invalid_requests_and_spans_are_refused_as_without_a_cluster():

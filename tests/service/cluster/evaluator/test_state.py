@@ -8,6 +8,11 @@ import orjson
 import pytest
 
 from betrace.service.cluster.evaluator.decisions import Decisions
+from betrace.service.cluster.evaluator.log_pace import (
+    BURST_SECONDS,
+    FRAME_SECONDS,
+    SPAN_SECONDS,
+)
 from betrace.service.cluster.evaluator.log_time import LogTime
 from betrace.service.cluster.evaluator.partition_traces import PartitionTraces
 from betrace.service.cluster.evaluator.rules import KEPT_VERSIONS, RulesInForce
@@ -49,7 +54,7 @@ def test_a_trace_is_decided_when_it_was_idle_in_log_time(world):
     world.quiet(1.5)
     owner.apply()
     assert not world.closed
-    world.quiet(1)
+    world.quiet(1.75)
     owner.apply()
     assert [each[2] for each in world.closed] == [2]
     assert owner.state.counts.evaluated == owner.state.applied == len(world.log)
@@ -394,10 +399,10 @@ def test_a_successor_decides_late_spans_like_its_predecessor(world):
     assert (kinds(world), world.signals_of("t"), len(world.out)) == expected
 
 
-def test_relational_rules_are_judged_when_traces_close(world):
-    world.rules("t", "never { a.where(child(b)) }")
-    world.spans({"t": [S(1), S(2, "b", parent=1)]}, after_ms=200)
-    world.spans({"t": [S(1, trace=TRACES[2]), S(2, "b", parent=7, trace=TRACES[2])]}, after_ms=200)
+def test_relational_rules_wait_for_a_log_that_cannot_be_read(world):
+    world.rules("t", "never { a.where(not parent(b)) }")
+    world.spans({"t": [S(1), S(2, "b")]}, after_ms=200)
+    world.spans({"t": [S(1, parent=2, trace=TRACES[2]), S(2, "b", trace=TRACES[2])]}, after_ms=200)
     owner = Owner(world)
     owner.apply()
     world.readable = False
@@ -408,6 +413,43 @@ def test_relational_rules_are_judged_when_traces_close(world):
     world.readable = True
     owner.finish()
     assert active(world.signals) == {(TRACES[1].hex(), "r0")}
+
+
+def test_what_no_later_span_can_undo_is_signalled_while_a_trace_is_open(world):
+    world.rules("t", "never { a.where(child(b)) }")
+    world.spans({"t": [S(1)]}, after_ms=200)
+    world.readable = False
+    world.spans({"t": [S(2, "b", parent=1)]}, after_ms=200)
+    owner = Owner(world)
+    owner.apply()
+    assert owner.state.waiting is not None
+    world.readable = True
+    owner.apply()
+    assert [signal.early for signal in world.signals] == [True]
+    assert not world.closed
+    snapshot = owner.state.snapshot(len(world.out))
+    world.spans({"t": [S(3, "b", parent=1)]}, after_ms=200)
+    world.quiet(3)
+    successor = Owner(world, snapshot)
+    successor.finish()
+    assert len(world.signals) == 1
+    assert not successor.state.engine.decisions.saved()["early_reading"]["known"]  # it is closed
+
+
+def test_open_traces_are_read_at_the_pace_of_log_time(world):
+    world.rules("t", "never { a.where(child(b)) }")
+    ids = [number.to_bytes(16, "big") for number in range(1, 301)]
+    for trace in ids:
+        spans = [S(1, parent=0, trace=trace), S(2, "b", trace=trace)]
+        world.spans({"t": spans}, after_ms=1)
+    world.tick(after_ms=200)
+    owner = Owner(world)
+    owner.apply()
+    seconds = FRAME_SECONDS + 2 * SPAN_SECONDS
+    assert BURST_SECONDS / seconds <= len(world.signals) < (BURST_SECONDS + 1) / seconds
+    world.quiet(3)
+    owner.finish()
+    assert len(active(world.signals)) == len(world.signals) == 300
 
 
 def test_traces_that_cannot_be_read_back_are_reported(world, monkeypatch):

@@ -18,6 +18,7 @@ from betrace.service.cluster.query.index_messages import (
     unpack_request,
 )
 from betrace.service.cluster.query.remote_index import RemoteTraceIndex
+from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.pipeline.history import HistoryUnavailable
 from betrace.service.pipeline.trace_rows import frame_columns, trace_table
 from betrace.service.storage.duck.queries import TraceRow
@@ -36,13 +37,16 @@ def store(tmp_path):
         yield found
 
 
+NAMES = TenantNames({"again": 7, "soon": 9}, {"gone", "soon"})
+
+
 class Index:
     """An index at a query node, and an evaluator that asks it without NATS."""
 
     def __init__(self, store, applied=5, decided=5):
         self.positions = AppliedPositions([(2, applied)])
         self.waiting = False
-        self.server = TraceIndexServer(store, self.positions, {"gone"}, lambda: self.waiting)
+        self.server = TraceIndexServer(store, self.positions, NAMES, lambda: self.waiting)
         self.decided = decided
         self.asked = []
         self.remote = RemoteTraceIndex(2, self.ask, lambda: self.decided)
@@ -50,6 +54,19 @@ class Index:
     def ask(self, data):
         self.asked.append(unpack_request(data))
         return self.server.answer("", data)
+
+
+def test_a_partition_without_output_needs_that_of_its_parent(store):
+    index = Index(store, decided=0)
+    remote = RemoteTraceIndex(7, index.ask, lambda: index.decided, lambda: (2, 6))
+    with pytest.raises(HistoryUnavailable, match="up to 5, but 6 is needed"):
+        remote.find_traces("acme", [name(1)])
+    index.positions.enter(2, 6, [], 0)
+    assert remote.find_traces("acme", [name(1)]) == {}
+    index.decided = 1
+    with pytest.raises(HistoryUnavailable, match="partition 7 up to 0, but 1 is needed"):
+        remote.find_traces("acme", [name(1)])
+    assert [(each.partition, each.upto) for each in index.asked] == [(2, 6), (2, 6), (7, 1)]
 
 
 def test_rows_and_signals_are_those_of_the_store(store):
@@ -157,6 +174,16 @@ def test_requests_survive_the_transport():
     assert unpack_request(pack_request(request)) == request
 
 
+def test_tenants_have_other_names_after_a_deletion(store):
+    store.write("again", traces=trace_table(due(1, tenant="again")))
+    remote = Index(store).remote
+    assert remote.find_traces("again", [name(1)]) == {}  # asked for what was deleted
+    assert remote.find_traces("again=7", [name(1)]).keys() == {name(1)}
+    for coming in ("again=8", "soon=9"):
+        with pytest.raises(HistoryUnavailable, match="created again"):
+            remote.find_traces(coming, [name(1)])
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"junk", index_messages._pack({}), index_messages._pack([1])]
 )
@@ -165,5 +192,5 @@ def test_other_bytes_are_refused(data):
         unpack_request(data)
     with pytest.raises(IndexMessageError):
         unpack_answer(data)
-    found = unpack_answer(TraceIndexServer(None, AppliedPositions()).answer("", data))
+    found = unpack_answer(TraceIndexServer(None, AppliedPositions(), NAMES).answer("", data))
     assert found.problem is not None

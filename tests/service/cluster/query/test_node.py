@@ -15,13 +15,20 @@ from betrace.service.cluster import output
 from betrace.service.cluster.query.applied import read_cursors
 from betrace.service.otlp.partition import partition_of
 from betrace.service.signals import Kind, signal_id
+from betrace.service.storage.jetstream.bucket import Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.generations import (
+    PARTITIONS_KEY,
+    Finished,
+    Generations,
+    finished_key,
+)
 from betrace.service.storage.paths import tenant_directory
 from betrace.service.storage.undecided import UndecidedTrace
 from betrace.service.traces.verdicts import Decided
 from tests.support.failing_stores import due, signal
 from tests.support.inprocess import ledger_signals, running, settings, write_rules
-from tests.support.query_nodes import FedNode
+from tests.support.query_nodes import FedNode, ListedOut
 
 
 @pytest.fixture
@@ -181,6 +188,21 @@ async def test_a_message_that_cannot_be_read_stops_its_partition_only(config):
         assert components(service.sources)["cluster"]["status"] == "degraded"
 
 
+async def test_a_new_cluster_is_applied_from_its_beginning(config):
+    node = FedNode()
+    for number in (1, 2):
+        node.outs[0].add(decided(number, signals=[number]))
+    async with node.running(config) as service:
+        await node.applied(service)
+    for _ in range(2):
+        node = FedNode()
+        node.identity = "second"
+        node.outs[0].add(decided(3, signals=[3]))
+        async with node.running(config) as service:
+            await node.applied(service)
+            assert len(ledger_signals(service, "acme")) == 3
+
+
 async def test_reading_goes_on_once_nats_answers_again(config, monkeypatch):
     monkeypatch.setattr("betrace.service.cluster.query.feed.RETRY_SECONDS", 0.01)
     node = FedNode()
@@ -260,15 +282,9 @@ async def test_the_api_of_a_query_node(config):
         found = await (await client.get("/api/cluster")).get_json()
         assert [each["applied"] for each in found["partitions"]] == [1, 0]
         assert found["nodes"] == [{"name": "query-1", "roles": ["query"], "draining": False}]
-        for method, path in (
-            ("DELETE", "/api/admin/tenants/acme"),
-            ("POST", "/api/admin/pipeline/pause"),
-            ("POST", "/api/admin/pipeline/resume"),
-            ("POST", "/api/admin/pipeline/drain"),
-        ):
-            answer = await client.open(path, method=method)
-            assert answer.status_code == 501, path
-            assert "on a cluster yet" in (await answer.get_json())["error"]["message"]
+        for action, state in (("pause", "paused"), ("resume", "open")):
+            answer = await client.post(f"/api/admin/pipeline/{action}")
+            assert (answer.status_code, (await answer.get_json())["ingestion"]) == (200, state)
         missing = await client.get(f"/api/v1/traces/{'ab' * 16}")
         assert missing.status_code == 404
         assert "query-1" in (await missing.get_json())["error"]["hint"]
@@ -294,3 +310,52 @@ async def test_a_service_without_a_cluster_has_no_partitions(config):
     async with running(config) as service:
         client = create_api(service.tools, None, frozenset()).test_client()
         assert (await client.get("/api/cluster")).status_code == 404
+
+
+def resized(node):
+    """Change the cluster from 2 to 4 partitions."""
+    grown = Generations.of(2).grown(4)
+    node.outs |= {partition: ListedOut() for partition in grown.current.partitions}
+    node.partitions.note(Entry(PARTITIONS_KEY, grown.to_json(), 1))
+
+
+def finish(node, partition):
+    end = Finished(1, len(node.outs[partition].messages))
+    node.partitions.note(Entry(finished_key(partition), end.to_json(), 2))
+
+
+async def test_a_partitions_output_is_applied_after_that_of_its_parent(config):
+    node = FedNode()
+    node.outs[0].add(decided(1, signals=[1]))
+    async with node.running(config) as service:
+        await node.applied(service)
+        resized(node)
+        node.outs[2].add_bytes(b"")
+        node.outs[2].add(Decided("acme", [retraction(1)], None))
+        node.outs[0].add(decided(2, signals=[2]))
+        finish(node, 1)
+        with trio.fail_after(60):
+            while len(service.node.partitions()) != 5:  # without 1, which has ended
+                await trio.sleep(0.02)
+        while service.node.positions.get(0) < 2:
+            await trio.sleep(0.01)
+        await trio.sleep(0.3)
+        assert node.outs[2].reads == 0
+        finish(node, 0)
+        await node.applied(service)
+        before = stored(service)
+        assert [each for each, status in before.items() if status == "active"] == [signal(2).id]
+        assert before[signal(1).id] == "retracted"
+        assert [each["partition"] for each in service.node.partitions()] == [2, 3, 4, 5]
+        service.node.reread()
+        await node.applied(service)
+        assert stored(service) == before
+        assert service.node.positions.all() == {0: 2, 2: 2}
+    saved = read_cursors(config.storage.path / "cursors.json")
+    assert saved.applied == {0: 2, 2: 2}
+    reads = node.outs[0].reads
+    node.outs[2].add(decided(3, signals=[3]))
+    async with node.running(config) as service:
+        await node.applied(service)
+        assert stored(service) == before | {signal(3).id: "active"}
+        assert node.outs[0].reads == reads

@@ -17,6 +17,7 @@ from betrace.service.signals import Kind, Signal
 from betrace.service.storage.alert_store import AlertStore, AlertStoreError
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.ledger.sqlite import SqliteLedger
+from betrace.service.storage.signal_queues import LedgerQueues
 from tests.support.alerting import alerting, record, settings, signal, until
 from tests.support.http_receiver import Receiver
 
@@ -270,7 +271,12 @@ async def test_without_destinations_nothing_is_read(tmp_path: Path, ledger: Sqli
     config = settings(tmp_path)
     store = AlertStore(tmp_path / "alerts.sqlite")
     alerts = alerts_module.Alerts(
-        config, ledger, store, Breakers(config.breakers), lambda _: False, lambda *_: False
+        config,
+        LedgerQueues(ledger),
+        store,
+        Breakers(config.breakers),
+        lambda _: False,
+        lambda *_: False,
     )
     alerts.notify([signal(1)])
     await alerts.run()

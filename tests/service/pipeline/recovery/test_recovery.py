@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 
+from betrace.service.pipeline.recovery.recovery import Recovery
 from betrace.service.pipeline.request import Done
 from betrace.service.rules.parse import parse
 from tests.support.api_client import ApiClient
@@ -261,9 +262,23 @@ async def test_checkpoints_are_saved_while_the_service_runs(tmp_path):
     config = settings(tmp_path, checkpoint={"interval_seconds": 0.2})
     async with running(config) as service:
         with trio.fail_after(60):
-            while not list((tmp_path / "data/checkpoints").glob("*.checkpoint")):
+            while service.recovery.saved_at is None:
                 await trio.sleep(0.05)
-        assert service.recovery.saved_at is not None
+        assert list((tmp_path / "data/checkpoints").glob("*.checkpoint"))
+
+
+async def test_a_checkpoint_waits_while_a_restart_would_read_little(tmp_path, monkeypatch):
+    config = settings(tmp_path, checkpoint={"interval_seconds": 0.1, "max_interval_seconds": 9e6})
+    looks, beyond = [], 0
+    monkeypatch.setattr(Recovery, "_beyond", lambda self, progress: looks.append(1) or beyond)
+    async with running(config) as service:
+        with trio.fail_after(60):
+            while len(looks) < 3:
+                await trio.sleep(0.02)
+            first, beyond = service.recovery.saved_at, config.checkpoint.log_bytes
+            while service.recovery.saved_at == first:
+                await trio.sleep(0.02)
+    assert first is not None
 
 
 async def test_a_damaged_frame_does_not_hide_the_others(config):

@@ -15,7 +15,7 @@ from betrace.service.pipeline.request import Done, Refused
 from betrace.service.storage.fallback_files import FallbackFiles
 from betrace.service.storage.ledger.base import LedgerError
 from betrace.service.storage.paths import SHARED, tenant_archive
-from betrace.service.tenancy.directory import TenantState
+from betrace.service.tenancy.tenant import TenantState
 from betrace.service.tenants import is_tenant_name
 from tests.support.inprocess import closed, folded, running, send, settings, write_rules
 from tests.support.spans import S

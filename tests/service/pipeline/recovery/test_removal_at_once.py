@@ -19,7 +19,9 @@ from betrace.service.pipeline.recovery.removal import (
     RETRY_SECONDS,
     Removal,
 )
-from betrace.service.tenancy.directory import TenantDirectory, TenantState
+from betrace.service.tenancy import changes
+from betrace.service.tenancy.directory import TenantDirectory
+from betrace.service.tenancy.tenant import TenantState
 from tests.support import virtual
 
 
@@ -75,7 +77,7 @@ async def nothing(*_: Any) -> None:
 async def deleting(path: Path, *tenants: str):
     directory = TenantDirectory(path / "tenants.sqlite")
     for tenant in tenants:
-        directory.create(tenant, None, None)
+        directory.change(tenant, changes.create(None, None))
     store, recovery = Store(), Recovery()
     pipeline = MagicMock()
     pipeline.progress.waiting.return_value = False
@@ -85,7 +87,11 @@ async def deleting(path: Path, *tenants: str):
     ledger = MagicMock(**{"outgoing.return_value": [], "last_entry.return_value": 0})
     ledger.count.return_value = 0
     gate = SimpleNamespace(
-        directory=directory, closed=set(), hidden={}, keys_changed=lambda tenant: None
+        directory=directory,
+        closed=set(),
+        hidden={},
+        keys_changed=lambda tenant: None,
+        close_tenant=lambda tenant, generation: None,
     )
     stores: Any = SimpleNamespace(log=MagicMock(), ledger=ledger, duckdb=store)
     with ThreadRunner("service", 2) as threads:

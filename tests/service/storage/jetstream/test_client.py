@@ -23,8 +23,10 @@ from pydantic import SecretStr
 
 from betrace.service.cli.demo.ports import free_port
 from betrace.service.config.cluster import ClusterSettings
-from betrace.service.storage.jetstream import setup
+from betrace.service.storage.jetstream import resize, setup
+from betrace.service.storage.jetstream.bucket import ConfigBucket
 from betrace.service.storage.jetstream.client import NatsClient
+from betrace.service.storage.jetstream.envelope import Spans, TenantFrame, pack
 from betrace.service.storage.jetstream.errors import (
     JetStreamError,
     MessageTooLarge,
@@ -34,6 +36,11 @@ from betrace.service.storage.jetstream.errors import (
     WrongLastSequence,
     reply_error,
 )
+from betrace.service.storage.jetstream.generations import (
+    Finished,
+    Generations,
+    finished_key,
+)
 from betrace.service.storage.jetstream.layout import (
     Layout,
     pack_log_position,
@@ -42,6 +49,8 @@ from betrace.service.storage.jetstream.layout import (
 from betrace.service.storage.jetstream.nats import Nats, server_time_ns
 from betrace.service.storage.jetstream.setup import SetupError
 from betrace.service.storage.jetstream.spans import SpanStreams
+from betrace.service.storage.spanlog.errors import FrameMissing
+from betrace.service.storage.spanlog.frames import Frame
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
 
 
@@ -337,14 +346,52 @@ async def test_setting_up_is_idempotent_and_adapts(
     ]
 
 
-async def test_the_number_of_partitions_is_fixed(
+async def test_the_number_of_partitions_in_the_settings_is_ignored_later(
     connection: NatsClient, settings: ClusterSettings
 ) -> None:
     await setup.set_up(connection, settings)
     other = settings.model_copy(update={"partitions": 1})
-    for call in (setup.set_up, setup.check):
-        with pytest.raises(SetupError, match=r"set cluster\.partitions = 2 instead of 1"):
-            await call(connection, other)
+    (said,) = await setup.set_up(connection, other)
+    assert said.endswith("has 2 partitions; cluster.partitions = 1 in the configuration is ignored")
+    assert await setup.check(connection, other) == Generations.of(2)
+
+
+async def test_a_change_of_the_number_of_partitions_can_be_repeated(
+    connection: NatsClient, settings: ClusterSettings
+) -> None:
+    with pytest.raises(SetupError, match="there is no cluster"):
+        await resize.resize(connection, settings, 4)
+    await setup.set_up(connection, settings)
+    with pytest.raises(SetupError, match="can only be multiplied"):
+        await resize.resize(connection, settings, 3)
+    assert await resize.resize(connection, settings, 2) == []
+    grown = Generations.of(2).grown(4)
+    partly = Layout.of(settings, grown).streams()[3]  # of a command that was interrupted
+    await connection.call(lambda nats: nats.api(f"STREAM.CREATE.{partly['name']}", partly))
+    assert len(await resize.resize(connection, settings, 4)) == 2 * 4 - 1
+    assert await resize.resize(connection, settings, 4) == []
+    assert await resize.progress(connection, settings) == (grown, [0, 1])
+    assert await setup.check(connection, settings) == grown
+    with pytest.raises(SetupError, match="change to 4 partitions is not complete"):
+        await resize.resize(connection, settings, 8)
+    config = ConfigBucket(connection, Layout.of(settings).config_bucket)
+    for partition in range(2):
+        await config.put(finished_key(partition), Finished(1, 1).to_json(), 0)
+    assert await resize.progress(connection, settings) == (grown, [])
+    assert len(await resize.resize(connection, settings, 8)) == 2 * 8
+
+
+async def test_frames_of_partitions_that_were_added_can_be_read(
+    connection: NatsClient, settings: ClusterSettings
+) -> None:
+    await setup.set_up(connection, settings)
+    log = SpanStreams(connection, Layout.of(settings))
+    await resize.resize(connection, settings, 4)
+    data = pack(Spans([TenantFrame("t", 5, 1, b"x")]))
+    sequence = await SpanStreams(connection, Layout.of(settings)).append(4, data, "m")
+    positions = [pack_log_position(4, sequence), pack_log_position(9, 1), 1 << 62]
+    found = await trio.to_thread.run_sync(log.read_many, "t", positions * 2)
+    assert [type(each) for each in found] == [Frame, FrameMissing, FrameMissing] * 2
 
 
 async def test_streams_that_would_lose_messages_are_refused(

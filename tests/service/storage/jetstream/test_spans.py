@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import trio
+from outcome import Error, Outcome
 
 from betrace.service.config.cluster import ClusterSettings
+from betrace.service.storage.jetstream import spans
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import LogGap, MessageTooLarge, NatsUnavailable
 from betrace.service.storage.jetstream.layout import Layout
-from betrace.service.storage.jetstream.nats import Nats
-from betrace.service.storage.jetstream.spans import SpanStreams
+from betrace.service.storage.jetstream.nats import Nats, NewMessage
+from betrace.service.storage.jetstream.spans import Append, SpanStreams
 from betrace.service.storage.jetstream.stream_log import Retries
 
 MB = 1 << 20
@@ -46,6 +51,66 @@ async def test_a_repeated_id_is_stored_once(log: SpanStreams) -> None:
     assert await log.append(0, b"y", "next") == 2
     assert await log.append(0, b"x", "same") == 1
     assert await log.last(0) == 2
+
+
+async def append_each(log: SpanStreams, *appends: Append) -> list[int | type[BaseException]]:
+    found: dict[int, int | type[BaseException]] = {}
+
+    def done(number: int, result: Outcome[int]) -> None:
+        assert number not in found
+        found[number] = type(result.error) if isinstance(result, Error) else result.unwrap()
+
+    await log.append_each(appends, done)
+    return [found[number] for number in range(len(appends))]
+
+
+async def test_messages_of_several_partitions_are_appended_together(
+    log: SpanStreams, client: NatsClient
+) -> None:
+    for round in range(3):  # in the first one, nothing is known about the partitions
+        more = [Append(p, b"%d" % round, f"{round}-{p}") for p in range(2)]
+        assert await append_each(log, *more) == [round + 1] * 2
+    again = Append(0, b"x", "2-0"), Append(1, b"next", "n")
+    assert await append_each(log, *again) == [3, 4]
+    assert [each.data for each in await log.read(1, 0, MB, 0)] == [b"0", b"1", b"2", b"next"]
+    large = Append(1, bytes(client.max_payload + 1), "large"), Append(0, b"y", "y")
+    assert await append_each(log, *large) == [MessageTooLarge, 4]
+    assert await append_each(log) == []
+
+
+async def test_messages_without_acknowledgement_are_published_again(
+    log: SpanStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await append_each(log, *(Append(p, b"0", f"{p}") for p in range(2)))
+    monkeypatch.setattr(spans, "ATTEMPT_SECONDS", 0.2)
+    publish = Nats.publish_each
+
+    async def lossy(nats: Nats, messages: Sequence[NewMessage], ended: Any, seconds: float) -> None:
+        def lost(number: int, sequence: int | None) -> None:
+            ended(number, None if number else sequence)
+
+        await publish(nats, messages, lost, seconds)
+        await log._append(nats, Append(1, b"in between", "between"))  # known grows
+
+    monkeypatch.setattr(Nats, "publish_each", lossy)
+    assert await append_each(log, *(Append(p, b"1", f"{p}-1") for p in range(2))) == [2, 2]
+    assert [each.data for each in await log.read(1, 0, MB, 0)] == [b"0", b"1", b"in between"]
+
+
+async def test_no_result_comes_after_a_cancellation(
+    log: SpanStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await log.append(0, b"0", "first")
+    found: list[int] = []
+
+    async def silent(nats: Nats, messages: Any, ended: Any, seconds: float) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Nats, "publish_each", silent)
+    with trio.move_on_after(0.1):
+        await log.append_each([Append(0, b"1", "a")], lambda number, _: found.append(number))
+    await trio.sleep(0.1)
+    assert found == []
 
 
 async def test_reads_stop_at_the_message_that_reaches_the_bound(log: SpanStreams) -> None:
@@ -145,7 +210,7 @@ async def test_an_id_that_is_not_found_is_sent_again(
 async def test_wakeups_that_nobody_waits_for_end(
     log: SpanStreams, client: NatsClient, settings: ClusterSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = Layout.of(settings).spans_wakeup(0)
+    subject = Layout.of(settings).spans_wakeup
 
     async def subscriptions(nats: Nats) -> int:
         return sum(each.subject == subject for each in nats.nc._subs.values())

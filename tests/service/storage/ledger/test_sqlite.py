@@ -139,15 +139,21 @@ def test_a_newer_schema_is_refused(path: Path) -> None:
 
 
 def test_a_file_of_the_first_schema_is_migrated(path: Path) -> None:
-    ledger = SqliteLedger(path)
-    ledger.record([make(1)])
-    ledger.close()
-    with sqlite3.connect(path) as db:
-        db.executescript("DROP TABLE outgoing; PRAGMA user_version = 1;")
+    path.parent.mkdir()
+    with sqlite3.connect(path) as db:  # its trigger posts transfers
+        db.executescript(
+            f"{sqlite_rows._VERSION_1} PRAGMA application_id = {sqlite_rows.SCHEMA.application_id};"
+            "PRAGMA user_version = 1;"
+        )
+        sqlite_rows.insert(db, [(bytes(15) + b"x", make(0), sqlite_rows.write_signal(make(0)))])
+        db.execute("UPDATE accounts SET debits = min(debits, 1), credits = min(credits, 1)")
     db.close()
     ledger = SqliteLedger(path)
-    assert ledger.record([make(1), make(2)]) == [False, True]
+    assert ledger.balance("shop", "r1") == 1
+    assert ledger.record([make(1), make(1), make(2)]) == [True, False, True]
     assert ledger.add_outgoing([make(3)]) == [True]
+    ledger.settle([make(3)])
+    assert ledger.balance("shop", "r1") == ledger.count("shop") == 4
     ledger.close()
 
 

@@ -282,6 +282,25 @@ def test_outgoing_signals_are_sent_at_the_next_start(
     assert second.record([make(1)]) == [False]
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_what_a_start_could_not_send_is_sent_without_a_new_signal(
+    open_ledger, cluster, monkeypatch, hangs
+) -> None:
+    monkeypatch.setattr("betrace.service.storage.ledger.tigerbeetle._SEND_AGAIN_SECONDS", 0.02)
+    ledger = open_ledger()
+    ledger._journal.add_outgoing([make(1), make(2)])
+    back = threading.Event()
+    away = [lambda: back.wait(60) and None] if hangs else [tb.ClientEvictedError()] * 5
+    cluster.script = iter(away)
+    ledger.start(0.1 if hangs else 60)
+    back.set()
+    end = time.monotonic() + 60
+    while ledger.outgoing():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert ledger.balance("shop", "r1") == ledger.count("shop") == len(cluster.transfers) == 2
+
+
 def test_the_next_start_need_not_find_the_cluster(open_ledger, cluster) -> None:
     first = open_ledger()
     cluster.script = iter([tb.ClientEvictedError()])

@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import tigerbeetle as tb
 
 from betrace.service.signals import Kind, Signal
 from betrace.service.storage.ledger.base import LedgerError
+from betrace.service.storage.ledger.packed import SIZE, PackedClient, event, pack
 from betrace.service.storage.ledger.sqlite import SqliteLedger
-from betrace.service.storage.ledger.tigerbeetle import TigerBeetleLedger
+from betrace.service.storage.ledger.tigerbeetle import TigerBeetleLedger, accounts_of
 from tests.support.ledger_conformance import LedgerConformance, OpenLedger, make
 from tests.support.tigerbeetle_server import BATCH, CLUSTER, MISSING, PROGRAM, Server
 
@@ -40,27 +41,28 @@ def server(running: Server) -> Server:
     return running
 
 
-class Apart:
+class Apart(PackedClient):
     """A client to whom the cluster seems empty: ids are changed by a number of the test's own."""
 
     def __init__(self, cluster_id: int, addresses: str, salt: int) -> None:
-        self._client = tb.ClientSync(cluster_id, addresses)
+        super().__init__(cluster_id, addresses)
         self._salt = salt
-        self.close = self._client.close
 
     def create_accounts(self, accounts: list[tb.Account]) -> list[tb.CreateAccountResult]:
-        return self._client.create_accounts([self._other(each, "id") for each in accounts])
+        return super().create_accounts([self._other(each) for each in accounts])
 
-    def create_transfers(self, transfers: list[tb.Transfer]) -> list[tb.CreateTransferResult]:
-        names = ("id", "debit_account_id", "credit_account_id")
-        return self._client.create_transfers([self._other(each, *names) for each in transfers])
+    def create_packed(self, transfers: bytes) -> list[int]:
+        numbers = np.frombuffer(transfers, np.uint64).reshape(-1, SIZE // 8).copy()
+        salt = np.frombuffer(self._salt.to_bytes(16, "little"), np.uint64)
+        numbers[:, :6] ^= np.tile(salt, 3)  # the ids of the transfer and of its accounts
+        return super().create_packed(numbers.tobytes())
 
     def lookup_accounts(self, accounts: list[int]) -> list[tb.Account]:
-        found = self._client.lookup_accounts([each ^ self._salt for each in accounts])
-        return [self._other(each, "id") for each in found]
+        found = super().lookup_accounts([each ^ self._salt for each in accounts])
+        return [self._other(each) for each in found]
 
-    def _other(self, event: Any, *names: str) -> Any:
-        return replace(event, **{name: getattr(event, name) ^ self._salt for name in names})
+    def _other(self, account: tb.Account) -> tb.Account:
+        return replace(account, id=account.id ^ self._salt)
 
 
 @pytest.fixture
@@ -83,6 +85,49 @@ class TestConformance(LedgerConformance):
     @pytest.fixture
     def open_ledger(self, open_ledger: OpenLedger) -> OpenLedger:
         return open_ledger
+
+
+def test_packed_transfers_are_those_of_the_client(server) -> None:
+    """Whoever sends a signal again, packed or as an object of the client, sends what is there."""
+    client = PackedClient(CLUSTER, server.address)
+    first = secrets.randbits(100)
+    signals = [make(first), make(first + 1, kind=Kind.RETRACTED), make(first + 2, "r2", "größer")]
+    created, exists = tb.CreateTransferStatus.CREATED, tb.CreateTransferStatus.EXISTS
+    for tenant, rule in (("shop", "r1"), ("größer", "r2")):
+        client.create_accounts(list(accounts_of(tenant, rule)))
+    assert client.create_packed(pack(signals)) == [created] * 3
+    assert [each.status for each in client.create_transfers([*map(event, signals)])] == [exists] * 3
+    assert client.create_packed(pack(signals[:1])) == [exists]
+    client.close()
+
+
+def test_two_nodes_record_the_same_signals_at_once(server, open_ledger) -> None:
+    """Each finds every signal new for itself, and the cluster has each once."""
+    ledgers = [open_ledger(name=name) for name in ("one", "two", "three")]
+    batches = [[make(n * 50 + i, f"r{n % 7}") for i in range(50)] for n in range(20)]
+    failed: list[BaseException] = []
+
+    def run(ledger: TigerBeetleLedger, order: list[int]) -> None:
+        try:
+            for n in order:
+                later = [replace(s, detected_at=s.detected_at + n, message="x") for s in batches[n]]
+                assert ledger.record(later) == [True] * 50
+        except BaseException as error:
+            failed.append(error)
+
+    orders = (range(20), range(19, -1, -1), [*range(10, 20), *range(10)])
+    threads = [
+        threading.Thread(target=run, args=(ledger, list(order)))
+        for ledger, order in zip(ledgers, orders, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failed
+    for ledger in ledgers:
+        assert ledger.count("shop") == 1000
+        assert ledger.balances("shop") == {f"r{n}": 150 if n < 6 else 100 for n in range(7)}
 
 
 def test_a_request_too_large_names_the_setting(open_ledger) -> None:
