@@ -187,8 +187,11 @@ def without_free_sets(arrays: TraceArrays) -> TraceArrays:
 
 
 def _saved_sets(a: TraceArrays) -> dict[str, Array]:
-    """The number of ids in the set of each large ring, 0 or -1 without one, and the ids."""
+    """The number of ids in the set of each large ring, 0 or -1 without one, and the ids; nothing
+    without any set."""
     sets = a.sets[: a.fill[LARGE_USED]]
+    if not sets[:, SET_SIZE].any():
+        return {}
     found = [a.ids[at : at + size] for at, size in sets.tolist() if size > 0]
     parts = [part[part != 0] for part in found]
     counts = np.minimum(sets[:, SET_SIZE], 0)

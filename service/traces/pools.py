@@ -322,7 +322,8 @@ def relink(traces: TraceArrays) -> None:
 
 @lean_kernel
 def seen(traces: TraceArrays, slot: int, span_id: int) -> bool:
-    """Whether the span id is among the trace's last ones, or, if it has a set, among all."""
+    """Whether the span id is among the trace's last ones, or, if it has a set, among all. Adds it
+    to the set; :func:`remember` adds it to the ring."""
     row = traces.slots[slot]
     n = row[SPANS]
     if row[RING_CLASS] == 0:
@@ -331,7 +332,11 @@ def seen(traces: TraceArrays, slot: int, span_id: int) -> bool:
         return holds(traces.ring_middle[row[RING]], min(n, MIDDLE_RING), span_id)
     size = traces.sets[row[RING], SET_SIZE]
     if size > 0:
-        return traces.ids[_find_id(traces, traces.sets[row[RING], SET_AT], size, span_id)] != 0
+        place = _find_id(traces, traces.sets[row[RING], SET_AT], size, span_id)
+        if traces.ids[place] == span_id:
+            return True
+        traces.ids[place] = span_id
+        return False
     return chained(traces, row[RING], n, span_id)
 
 
@@ -365,9 +370,5 @@ def remember(traces: TraceArrays, slot: int, span_id: int) -> None:
         traces.ring_middle[row[RING], n] = span_id
     else:
         traces.ring_large[row[RING], n % LARGE_RING] = span_id
-        size = traces.sets[row[RING], SET_SIZE]
-        if size > 0:
-            place = _find_id(traces, traces.sets[row[RING], SET_AT], size, span_id)
-            traces.ids[place] = span_id
-        else:
+        if traces.sets[row[RING], SET_SIZE] <= 0:
             link(traces, row[RING], n % LARGE_RING)

@@ -37,7 +37,7 @@ STATE = "scrub.json"
 PASS_SECONDS = 86_400.0
 PIECE_BYTES = 1 << 20
 """Bytes that are read between two pauses."""
-_WAIT_SECONDS = 60.0  # between two looks whether a pass is due
+_WAIT_SECONDS = 60.0  # after the start, and between two looks whether a pass is due
 _AGAIN_SECONDS = 1.0  # before a block that looks wrong is read again
 _LAST = 1 << 62  # in place of a segment number: the tenant's log and file were read
 
@@ -86,13 +86,14 @@ class Scrub:
             return
         state = await self._thread.run(self._read_state)
         self.completed_at = state.completed
+        await trio.sleep(_WAIT_SECONDS)  # others have to read at the start
         while True:
             if state.done and self._clock() - state.began < PASS_SECONDS:
                 await trio.sleep(_WAIT_SECONDS)
                 continue
             if state.done:
                 state = _State(self._clock(), state.completed, done=False)
-            pieces = self._pieces(state)
+            pieces, before = self._pieces(state), self.bytes
             while (size := await self._thread.run(next, pieces, 0)) > 0:
                 self.bytes += size
                 await trio.sleep(size / self._rate)
@@ -100,7 +101,8 @@ class Scrub:
             state.done = True
             self.passes += 1
             await self._thread.run(self._save, state)
-            events.SCRUBBED(places=self._log.damage.places)
+            if self.bytes > before:
+                events.SCRUBBED(places=self._log.damage.places)
 
     def close(self) -> None:
         """End the worker thread when its call returns."""

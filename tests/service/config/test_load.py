@@ -94,7 +94,7 @@ def test_sizes_and_times_name_their_unit():
             if re.search(r"timeout|delay|interval|keep_alive|flush|idle_close|max_age", name):
                 assert name.endswith(("_seconds", "_ms")), f"{title}.{name}"
             if isinstance(default, int) and default >= 1 << 20 and name != "max_open":
-                assert name.endswith("_bytes"), f"{title}.{name}"
+                assert name.endswith(("_bytes", "_bytes_per_second")), f"{title}.{name}"
 
 
 def test_the_documented_defaults():

@@ -229,10 +229,10 @@ async def test_only_the_request_that_makes_the_stage_fail_is_refused(config, mon
     async with running(config) as service:
         decode = scanning.decode
 
-        def fail(asked: Any, most: int) -> Any:
+        def fail(asked: Any, most: int, quick: bool = False) -> Any:
             if asked.body == b"poison":
                 raise RuntimeError("injected")
-            return decode(asked, most)
+            return decode(asked, most, quick)
 
         monkeypatch.setattr(scanning, "decode", fail)
         asked = [request(body(S(1))), request(b"poison", "bad"), request(body(S(2)), "other")]

@@ -161,7 +161,8 @@ async def test_it_can_be_switched_off(bench):
 
 
 @pytest.mark.kernel
-async def test_a_service_shows_what_it_finds(tmp_path):
+async def test_a_service_shows_what_it_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(scrub, "_WAIT_SECONDS", 0.001)
     write_rules(tmp_path, {"no-b": "when { a } always { b }"})
     config = settings(tmp_path, log={"scrub_bytes_per_second": 1 << 30})
     async with running(config) as service:
