@@ -181,7 +181,7 @@ class World:
     def deliver(self, batch: SpanBatch, attempts: int) -> None:
         self.now += SECOND // 4
         for _ in range(attempts):
-            due, error = self.stage._fold([batch])
+            due, error, _ = self.stage._fold([batch], {})
             self.decide(due)
             if error is None:
                 break
