@@ -62,7 +62,7 @@ class Run:
         self._closed = ClosedTraces(1 << 20)
         self._read_back = ReadBack(log, MAX_BODY, max_spans=spans_max)
         # Open traces are read for 2 % of this thread's time, as if the machine were busy.
-        pace = ReadingPace(burst=0.002, clock=time.thread_time)
+        pace = ReadingPace(burst_ns=2_000_000, clock_ns=time.thread_time_ns)
         self._relational = RelationalRules(self._read_back.traces, pace=pace)
         self._now = SECOND
         self._sent = self._first = 0

@@ -12,7 +12,7 @@ from betrace.service.traces.layout import HI, LO, SPANS
 
 REMEMBERED = 100_000  # open traces that were read
 EARLY_SHARE = 0.02  # of a core, for reading open traces
-EARLY_BURST = 0.1  # seconds
+EARLY_BURST_NS = 100_000_000
 LONG = 1000  # spans
 
 TraceKey = tuple[str, int, int]
@@ -29,26 +29,27 @@ class ReadingPace:
     def __init__(
         self,
         share: float = EARLY_SHARE,
-        burst: float = EARLY_BURST,
-        clock: Callable[[], float] = time.monotonic,
+        burst_ns: int = EARLY_BURST_NS,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
         remembered: int = REMEMBERED,
     ) -> None:
         self._share = share
-        self._burst = burst
-        self._clock = clock
+        self._burst_ns = burst_ns
+        self._clock_ns = clock_ns
         self._remembered = remembered
-        self._left = burst
-        self._since = clock()
+        self._left_ns = burst_ns  # whole numbers, so that looking more often changes nothing
+        self._since_ns = clock_ns()
         self._known: dict[TraceKey, tuple[int, frozenset[int]]] = {}  # oldest first
         self._lock = threading.Lock()
 
     def chosen(self, due: DueTraces, wanted: Mapping[int, list[int]]) -> dict[int, list[int]]:
         """The rules to be judged now, by trace. The same again until :meth:`note`."""
         with self._lock:
-            now = self._clock()
-            self._left = min(self._burst, self._left + self._share * (now - self._since))
-            self._since = now
-            left = self._left
+            now = self._clock_ns()
+            earned = int(self._share * (now - self._since_ns))
+            self._left_ns = min(self._burst_ns, self._left_ns + earned)
+            self._since_ns = now
+            left = self._left_ns
             found: dict[int, list[int]] = {}
             for k, numbers in wanted.items():
                 if left <= 0:
@@ -58,7 +59,7 @@ class ReadingPace:
                 rest = [number for number in numbers if number not in broken]
                 if rest and spans >= before + max(1, before // 8 if before > LONG else 1):
                     found[k] = rest
-                    left -= self._expected(due, k)
+                    left -= self._expected_ns(due, k)
             return found
 
     def note(
@@ -73,7 +74,7 @@ class ReadingPace:
         for each in breaches:
             new.setdefault(each.trace, set()).add(each.rule)
         with self._lock:
-            self._left -= sum(self._expected(due, k) for k in read) or seconds
+            self._left_ns -= self._cost_ns(due, read, seconds)
             for k, rules in new.items():
                 key = _key(due, k)
                 _, broken = self._known.pop(key, (0, frozenset()))
@@ -81,9 +82,13 @@ class ReadingPace:
             while len(self._known) > self._remembered:
                 del self._known[next(iter(self._known))]
 
-    def _expected(self, due: DueTraces, k: int) -> float:
-        """What reading a trace costs, in the clock's seconds; 0 if only the time it took tells."""
-        return 0.0
+    def _expected_ns(self, due: DueTraces, k: int) -> int:
+        """What reading a trace will cost by the clock; 0 if only the time it took tells."""
+        return 0
+
+    def _cost_ns(self, due: DueTraces, read: Iterable[int], seconds: float) -> int:
+        """What reading traces has cost by the clock."""
+        return int(1e9 * seconds)
 
     def closed(self, due: DueTraces, traces: Iterable[int]) -> None:
         """Forget traces that are closed."""

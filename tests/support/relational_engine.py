@@ -30,7 +30,7 @@ class RelationalEngine(Engine):
 
     def _start(self) -> None:
         self.relational = RelationalRules(self.read_back.traces, self._stored)
-        self.relational._pace = ReadingPace(burst=3600.0)  # open traces are always read
+        self.relational._pace = ReadingPace(burst_ns=3600 * 10**9)  # open traces are always read
         self.relational._screen = Screen(least_spans=0)
 
     def _stored(self, tenant: str, trace_ids: Sequence[str]) -> dict[str, SignalHistory]:

@@ -3,15 +3,16 @@ decides alike."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from betrace.service.traces.due import DueTraces
 from betrace.service.traces.layout import POSITION_COUNT, SPANS
 from betrace.service.traces.reading_pace import ReadingPace
 
-FRAME_SECONDS = 0.02  # of log time, for each frame that is read
-SPAN_SECONDS = 0.0005  # and for each span of the trace
-BURST_SECONDS = 4.0
+FRAME_NS = 20_000_000  # of log time, for each frame that is read
+SPAN_NS = 500_000  # and for each span of the trace
+BURST_NS = 4_000_000_000
 OPEN_REMEMBERED = 20_000  # traces
 
 
@@ -21,20 +22,23 @@ class LogPace(ReadingPace):
     def __init__(self) -> None:
         self.log_ns = 0
         """Log time now."""
-        super().__init__(1.0, BURST_SECONDS, lambda: self.log_ns / 1e9, OPEN_REMEMBERED)
+        super().__init__(1, BURST_NS, lambda: self.log_ns, OPEN_REMEMBERED)
 
-    def _expected(self, due: DueTraces, k: int) -> float:
+    def _expected_ns(self, due: DueTraces, k: int) -> int:
         frames, spans = due.rows[k, [POSITION_COUNT, SPANS]].tolist()
-        return float(frames * FRAME_SECONDS + spans * SPAN_SECONDS)
+        return int(frames * FRAME_NS + spans * SPAN_NS)
+
+    def _cost_ns(self, due: DueTraces, read: Iterable[int], seconds: float) -> int:
+        return sum(self._expected_ns(due, k) for k in read)
 
     def saved(self) -> dict[str, Any]:
         """The state as JSON, for a snapshot."""
         known = [[*key, spans, sorted(rules)] for key, (spans, rules) in self._known.items()]
-        return {"left": self._left, "since": self._since, "known": known}
+        return {"left_ns": self._left_ns, "since_ns": self._since_ns, "known": known}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from what :meth:`saved` returned."""
-        self._left, self._since = saved["left"], saved["since"]
+        self._left_ns, self._since_ns = saved["left_ns"], saved["since_ns"]
         self._known = {
             (tenant, hi, lo): (spans, frozenset(rules))
             for tenant, hi, lo, spans, rules in saved["known"]

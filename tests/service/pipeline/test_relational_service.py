@@ -150,7 +150,7 @@ async def test_what_no_later_span_can_undo_is_signalled_at_once(tmp_path):
     write_rules(tmp_path, rules)
     config = settings(tmp_path, traces={"idle_seconds": 3600})
     async with running(config) as service:
-        service.pipeline.evaluate._relational._pace = ReadingPace(burst=3600.0)
+        service.pipeline.evaluate._relational._pace = ReadingPace(burst_ns=3600 * 10**9)
         await send(service, [S(number, "query", x="1") for number in range(1, 4)])
         await send(service, [S(4, "query", x="2")])
         assert not ledger_signals(service)

@@ -9,9 +9,9 @@ import pytest
 
 from betrace.service.cluster.evaluator.decisions import Decisions
 from betrace.service.cluster.evaluator.log_pace import (
-    BURST_SECONDS,
-    FRAME_SECONDS,
-    SPAN_SECONDS,
+    BURST_NS,
+    FRAME_NS,
+    SPAN_NS,
 )
 from betrace.service.cluster.evaluator.log_time import LogTime
 from betrace.service.cluster.evaluator.partition_traces import PartitionTraces
@@ -445,8 +445,8 @@ def test_open_traces_are_read_at_the_pace_of_log_time(world):
     world.tick(after_ms=200)
     owner = Owner(world)
     owner.apply()
-    seconds = FRAME_SECONDS + 2 * SPAN_SECONDS
-    assert BURST_SECONDS / seconds <= len(world.signals) < (BURST_SECONDS + 1) / seconds
+    cost = FRAME_NS + 2 * SPAN_NS
+    assert BURST_NS / cost <= len(world.signals) < (BURST_NS + 10**9) / cost
     world.quiet(3)
     owner.finish()
     assert len(active(world.signals)) == len(world.signals) == 300
