@@ -13,7 +13,7 @@ from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
     open_trace_subject,
 )
-from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.recent_output import RecentOutput
 from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.cluster import ClusterSettings
 from betrace.service.storage.jetstream.bucket import ConfigBucket
@@ -72,7 +72,7 @@ def connect_query(
         config=tenants.bucket,
         shared=ConfigBucket(client, layout.query_bucket),
         duties=Duties(leases_bucket, node, duty_times(settings)),
-        recent=RecentSignals(partitions.current.count),
+        recent=RecentOutput(partitions.current.count),
         index_subject=index_subject(layout.prefix),
         open_traces=RemoteOpenTraces(ask_owner, partitions.holder_of),
         others=others,

@@ -20,8 +20,8 @@ from betrace.service.otlp.columns import Rows, SpanBatch
 from betrace.service.otlp.primitives import BYTES_TYPE
 from betrace.service.rules import exact
 from betrace.service.rules.column_kernels import Flags, count_fields
-from betrace.service.rules.column_values import Comparisons, Items, Programs, UnsupportedError
-from betrace.service.rules.columns import Names, Spans, TraceColumns
+from betrace.service.rules.column_values import ColumnComparisons, Items, Programs, UnsupportedError
+from betrace.service.rules.columns import Names, SpanColumns, TraceColumns
 from betrace.service.rules.dependence import Dependence
 from betrace.service.rules.exact import Value
 from betrace.service.rules.syntax import (
@@ -90,7 +90,7 @@ def _nothing() -> TraceColumns:
     """No traces."""
     rows = np.zeros((0, 32), np.int64)
     batch = SpanBatch("", np.zeros(0, np.uint8), rows, rows, rows, rows)
-    return TraceColumns(batch, Names(), np.zeros((len(Spans._fields), 0), np.int64), 0)
+    return TraceColumns(batch, Names(), np.zeros((len(SpanColumns._fields), 0), np.int64), 0)
 
 
 class _Run:
@@ -105,7 +105,7 @@ class _Run:
         self._sets: dict[int, Rows] = {}
         self._relatives_of: dict[int, Rows] = {}
         self._items = Items(np.arange(traces.traces))
-        compared = Comparisons(
+        compared = ColumnComparisons(
             rule.programs, traces, self._items, self._unsure, self._counted, self._aggregate
         )
         self._hold, self._values = compared.hold, compared.values

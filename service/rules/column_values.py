@@ -89,7 +89,7 @@ class Items:
     """The values after ``by`` of each group."""
 
 
-class Comparisons:
+class ColumnComparisons:
     """Of one rule on some traces. ``spans`` are spans of the traces, None stands for the items;
     ``counted`` and ``aggregate`` evaluate those nodes. Traces of which a result is not known are
     marked in ``unsure``. Methods raise :exc:`UnsupportedError`."""

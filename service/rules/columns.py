@@ -60,7 +60,7 @@ class Names:
         return found
 
 
-class Spans(NamedTuple):
+class SpanColumns(NamedTuple):
     """Rows of one array, with an item for each span in order of trace, start and id."""
 
     of: Rows  # number of its trace
@@ -79,7 +79,7 @@ class TraceColumns:
 
     def __init__(self, batch: SpanBatch, names: Names, spans: Rows, traces: int) -> None:
         self.batch = batch
-        self.spans = Spans(*spans)
+        self.spans = SpanColumns(*spans)
         self.traces = traces
         self._all = spans
         self._names = names

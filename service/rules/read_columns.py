@@ -17,7 +17,7 @@ from betrace.service.otlp.columns import (
     Rows,
     SpanBatch,
 )
-from betrace.service.rules.columns import Names, Spans, TraceColumns, TraceId
+from betrace.service.rules.columns import Names, SpanColumns, TraceColumns, TraceId
 from betrace.service.rules.read_kernels import find_parents, number_names, number_traces
 
 _SECRET = np.array([secrets.randbits(63) | 1 for _ in range(2)], np.int64)
@@ -40,7 +40,7 @@ def columns_of(batch: SpanBatch, wanted: Sequence[TraceId]) -> TraceColumns:
         name = _number_names(batch, rows, names)
     place = np.full(count + 1, -1)  # of each row; the last item is that of row -1
     place[rows] = np.arange(filled)
-    spans = Spans(
+    spans = SpanColumns(
         of=numbers[rows],
         row=rows,
         name=name,

@@ -19,7 +19,7 @@ from betrace.service.cluster.query.open_traces import (
     RemoteOpenTraces,
     open_traces_answer,
 )
-from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.recent_output import RecentOutput
 from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.settings import Settings
 from betrace.service.storage.jetstream.bucket import Conflict, Entry
@@ -190,7 +190,7 @@ class FedNode:
             config=self.bucket,  # type: ignore[arg-type]
             shared=FakeBucket(view, "query"),  # type: ignore[arg-type]
             duties=Duties(leases, name, DutyTimes(0.6, 0.2)),  # type: ignore[arg-type]
-            recent=RecentSignals(2),
+            recent=RecentOutput(2),
             index_subject="betrace.index",
             open_traces=RemoteOpenTraces(self._owner, self.partitions.holder_of),
             others=self,

@@ -25,7 +25,7 @@ from betrace.service.cluster.query.applied import (
     remove_cursors,
     write_cursors,
 )
-from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.recent_output import RecentOutput
 from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.cluster.rounds import next_round
 from betrace.service.pipeline.progress import InFlight
@@ -123,7 +123,7 @@ class OutFeed:
     threads: ThreadRunner
     file: Path
     tenants: Callable[[], list[str]]
-    recent: RecentSignals
+    recent: RecentOutput
     cluster: str
     partitions: dict[int, PartitionFeed] = field(default_factory=dict, init=False)
     _reading: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)

@@ -26,7 +26,7 @@ from betrace.service.cluster.query.applied import (
 from betrace.service.cluster.query.feed import FeedTarget, OutFeed, OutLog, PartitionFeed
 from betrace.service.cluster.query.index import TraceIndexServer
 from betrace.service.cluster.query.open_traces import RemoteOpenTraces
-from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.recent_output import RecentOutput
 from betrace.service.cluster.query.rules import RuleSharing
 from betrace.service.cluster.query.tenant_names import CurrentSpans, TenantNames
 from betrace.service.cluster.query.tenants import ClusterTenants
@@ -114,7 +114,7 @@ class ClusterConnection:
     """What query nodes share."""
     duties: Duties
     """What one query node at a time does."""
-    recent: RecentSignals
+    recent: RecentOutput
     index_subject: str
     open_traces: RemoteOpenTraces
     others: OtherRoles

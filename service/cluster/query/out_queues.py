@@ -13,7 +13,7 @@ import trio
 from betrace.service.cluster import output
 from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.feed import OutLog
-from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.recent_output import RecentOutput
 from betrace.service.cluster.query.tenant_names import TenantNames
 from betrace.service.signals import Signal
 from betrace.service.storage.jetstream.errors import LogGap, NatsUnavailable
@@ -36,7 +36,7 @@ class OutQueues:
         partitions: PartitionMap,
         log_of: Callable[[int], OutLog],
         last: Callable[[int], Awaitable[int]],
-        recent: RecentSignals,
+        recent: RecentOutput,
         names: TenantNames,
     ) -> None:
         self._partitions = partitions

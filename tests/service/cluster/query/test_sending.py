@@ -14,7 +14,7 @@ from betrace.service.cluster.duty import Duties, DutyTimes
 from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query import shared_alerts
 from betrace.service.cluster.query.out_queues import OutQueues
-from betrace.service.cluster.query.recent_signals import RecentSignals
+from betrace.service.cluster.query.recent_output import RecentOutput
 from betrace.service.cluster.query.sending import SharedProgress, SharedTurns, read_sequences
 from betrace.service.cluster.query.shared_alerts import PROGRESS, SharedAlerts
 from betrace.service.cluster.query.tenant_names import TenantNames
@@ -228,7 +228,7 @@ async def test_what_is_not_in_memory_is_read_from_the_stream():
     for number in range(5):
         out.add(Decided("acme", [signal(number)], None), Decided("gone", [signal(9, "gone")], None))
     out.add_bytes(b"")
-    recent = RecentSignals(1, 2)
+    recent = RecentOutput(1, 2)
     recent.add(0, 1, [signal(1)])  # nobody needs it
     recent.used = True
 
@@ -280,7 +280,7 @@ async def test_what_is_not_in_memory_is_read_from_the_stream():
 
 
 def test_whole_messages_are_read_at_once():
-    recent = RecentSignals(1)
+    recent = RecentOutput(1)
     recent.used = True
     recent.add(0, 1, [signal(1), signal(2), signal(3)])
     recent.add(0, 2, [signal(4)])

@@ -28,7 +28,7 @@ class _Partition:
     signals: int = 0
 
 
-class RecentSignals:
+class RecentOutput:
     """The latest signals. May be called from any thread. Nothing is kept unless it is ``used``."""
 
     def __init__(self, partitions: int, most: int = MOST_SIGNALS) -> None:
