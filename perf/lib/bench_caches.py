@@ -15,7 +15,9 @@ from betrace.service.pipeline.trace_rows import trace_table
 from betrace.service.rules.registry import RuleRegistry
 from betrace.service.rules.store import RuleStore
 from betrace.service.storage.duck.store import DuckStore
-from betrace.service.tenancy.directory import PublicKey, TenantDirectory
+from betrace.service.tenancy import changes
+from betrace.service.tenancy.directory import TenantDirectory
+from betrace.service.tenancy.tenant import PublicKey
 from betrace.service.traces.layout import HI, LO
 from perf.lib.engine import TENANT
 from perf.lib.rounds import Taken, rounds, timed
@@ -36,7 +38,7 @@ def caches(directory: Path) -> dict[str, Json]:
     rules.load()
     registry = RuleRegistry(rules, 500)
     known = TenantDirectory(directory / "tenants.sqlite")
-    (key,) = known.create(TENANT, None, bytes(range(32))).keys
+    (key,) = known.change(TENANT, changes.create(None, bytes(range(32)))).keys
     keys: LoadingCache[tuple[str, str], PublicKey] = LoadingCache(
         "publicKeys", lambda of: known.public_key(*of), maxsize=1000, ttl_seconds=3600.0
     )

@@ -82,6 +82,9 @@ def of_cluster():
             partitions=lambda: [state],
             items=lambda: {0: 3},
             index=SimpleNamespace(requests=2, behind=1),
+            cluster=SimpleNamespace(
+                duties=SimpleNamespace(held=lambda: {"alerts": True, "export-otlp": False})
+            ),
         )
         query = [each.family(SimpleNamespace(node=node)) for each in cluster.DECLARED]
         return list(edge), list(evaluator), query

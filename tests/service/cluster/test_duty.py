@@ -68,7 +68,7 @@ async def test_one_node_has_the_duty_for_as_long_as_it_lives(nodes):
     assert nodes.began == ["one"]
     owners = await Leases(FakeBucket(FakeNode(nodes.nats, "x"), "leases"), 2).owners()
     assert owners_by_duty(owners) == {"exports": "one"}
-    assert owners_by_partition(owners, 4) == {}
+    assert owners_by_partition(owners) == {}
 
 
 @in_virtual_time

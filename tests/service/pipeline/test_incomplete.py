@@ -35,13 +35,13 @@ class FakeReadBack:
 
     def traces(
         self, due: DueTraces, numbers: Sequence[int]
-    ) -> Iterator[tuple[int, TraceTree | str]]:
+    ) -> Iterator[list[tuple[int, TraceTree | str]]]:
         if self.error is not None:
             raise self.error
         for k in numbers:
             trace = due.trace_id(k)
             self.asked.append(trace)
-            yield k, self.trees.get(f"t{trace[:2]}", "it cannot be read")
+            yield [(k, self.trees.get(f"t{trace[:2]}", "it cannot be read"))]
 
 
 def decided() -> Decided:
@@ -91,7 +91,7 @@ def test_it_takes_a_share_of_the_time() -> None:
     reads = FakeReadBack(t01=[ORPHAN])
     real = reads.traces
 
-    def slow(due: DueTraces, numbers: Sequence[int]) -> Iterator[tuple[int, TraceTree | str]]:
+    def slow(due: DueTraces, numbers: Sequence[int]) -> Iterator[list[tuple[int, TraceTree | str]]]:
         nonlocal now
         now += 2 * BURST_SECONDS
         return real(due, numbers)

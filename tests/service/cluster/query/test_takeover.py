@@ -12,6 +12,7 @@ import trio
 from betrace.service.app.builder import open_query_service
 from betrace.service.app.query import connect_query
 from betrace.service.cluster import output
+from betrace.service.cluster.partition_map import PartitionMap
 from betrace.service.cluster.query.sending import read_sequences
 from betrace.service.cluster.query.shared_alerts import PROGRESS
 from betrace.service.cluster.tenant_feed import TenantFeed
@@ -77,9 +78,14 @@ class Cluster:
         with ExitStack() as stack:
             make = open_query_service(config, stack)
             async with trio.open_nursery() as nursery:
-                feed = TenantFeed(ConfigBucket(client, self.layout.config_bucket))
+                config_bucket = ConfigBucket(client, self.layout.config_bucket)
+                partitions = PartitionMap(config_bucket, self.layout.generations)
+                feed = TenantFeed(config_bucket)
                 nursery.start_soon(feed.run)
-                connection = connect_query(self.settings, name, ["query"], client, feed, FedNode())
+                roles, others = ["query"], FedNode()
+                connection = connect_query(
+                    self.settings, name, roles, client, partitions, feed, others, "takeover"
+                )
                 service = make(connection)
                 async with served(service, die=True):
                     task_status.started(service)

@@ -141,7 +141,7 @@ async def test_a_file_is_rebuilt_when_a_damaged_block_is_read(tmp_path, caplog):
 async def test_a_sound_file_is_not_rebuilt(tmp_path):
     config = await filled(tmp_path)
     async with running(config) as service:
-        service.rebuild._note_damaged(StoreCorrupt(TENANT, "it was, before it was rebuilt"))
+        service.rebuild.suspect(StoreCorrupt(TENANT, "it was, before it was rebuilt"))
         with trio.fail_after(60):
             while service.rebuild.due:
                 await trio.sleep(0.02)
@@ -178,7 +178,7 @@ async def test_writes_to_a_damaged_file_are_kept_until_it_is_rebuilt(tmp_path, m
             failing.clear()
 
         monkeypatch.setattr(service.store, "recreate", sound)
-        service.rebuild._note_damaged(StoreCorrupt(TENANT, "damaged"))
+        service.rebuild.suspect(StoreCorrupt(TENANT, "damaged"))
         with trio.fail_after(60):
             while await shown(service) != {trace_id(2), trace_id(4)}:
                 await trio.sleep(0.05)

@@ -62,7 +62,7 @@ def signal(number: int, rule: str) -> tuple[str, str]:
 def no_checkpoints(monkeypatch):
     """The whole log is read at every start."""
 
-    async def save(_: Any) -> bool:
+    async def save(_: Any, last: bool = False) -> bool:
         await trio.lowlevel.checkpoint()
         return False
 
