@@ -151,8 +151,12 @@ async def _move(cluster: WholeCluster, found: Watched, number: int) -> tuple[lis
     pauses: list[float] = []
     usual: list[float] = []
     for partition, stored in found.stored.items():
-        for (one, epoch), (two, later) in pairwise(stored[max(0, before[partition] - 20) :]):
-            (pauses if epoch != later else usual).append((two - one) / 1e9)
+        first = max(0, before[partition] - 20)
+        for number, ((one, epoch), (two, later)) in enumerate(pairwise(stored[first:]), first + 1):
+            if epoch == later:
+                usual.append((two - one) / 1e9)
+            elif number >= before[partition]:  # not a takeover before
+                pauses.append((two - one) / 1e9)
     await _join(cluster, f"after-move-{number}")
     return pauses, sorted(usual)[len(usual) // 2]
 
