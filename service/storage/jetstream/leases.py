@@ -59,7 +59,8 @@ class Leases:
             if now - since < self._lease_seconds:
                 return None
         try:
-            revision = await self._bucket.put(key, self._value(owner), revision)
+            value = lease_value(owner, self._process)
+            revision = await self._bucket.put(key, value, revision)
         except Conflict:
             return None
         self._seen.pop(key, None)
@@ -68,9 +69,8 @@ class Leases:
     async def renew(self, lease: Lease) -> bool:
         """Keep the lease; False if it was lost to another process."""
         try:
-            lease.revision = await self._bucket.put(
-                lease.key, self._value(lease.owner), lease.revision
-            )
+            value = lease_value(lease.owner, self._process)
+            lease.revision = await self._bucket.put(lease.key, value, lease.revision)
         except Conflict:
             entry = await self._bucket.get(lease.key)
             if entry is None or not self._is_mine(entry):
@@ -94,13 +94,25 @@ class Leases:
         found: dict[str, str] = {}
         for entry in await self._bucket.entries():
             if entry.value is not None:
-                found[entry.key] = entry.value.decode().partition("\n")[0]
+                found[entry.key] = owner_of(entry)
                 if self._seen.get(entry.key, (0, now))[0] < entry.revision:  # else it is stale
                     self._seen[entry.key] = entry.revision, now
         return found
 
-    def _value(self, owner: str) -> bytes:
-        return f"{owner}\n{self._process}".encode()
-
     def _is_mine(self, entry: Entry) -> bool:
-        return entry.value is not None and entry.value.endswith(f"\n{self._process}".encode())
+        return entry.value is not None and process_of(entry) == self._process
+
+
+def lease_value(owner: str, process: str) -> bytes:
+    """The value of a lease's key: the owner's name, and the id of its process."""
+    return f"{owner}\n{process}".encode()
+
+
+def owner_of(entry: Entry) -> str:
+    """The owner in the value of a lease."""
+    return (entry.value or b"").decode().partition("\n")[0]
+
+
+def process_of(entry: Entry) -> str:
+    """The id of the owner's process in the value of a lease."""
+    return (entry.value or b"").decode().partition("\n")[2]

@@ -19,11 +19,12 @@ import trio
 
 from betrace.service.storage.jetstream.bucket import ConfigBucket, Conflict, Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
+from betrace.service.storage.jetstream.leases import lease_value, owner_of, process_of
 
 _PULSE = "holder."
 _RETRY_SECONDS = 0.25
 _FORGET_SECONDS = 600.0
-"""The pulse of a process that has been silent for so long is deleted."""
+"""The pulse of a process that has been silent for this long is deleted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +76,7 @@ class ProcessLeases:
             self.note(entry)
 
     async def look(self) -> None:
-        """Look once."""
+        """Read all leases once."""
         for entry in await self._bucket.entries():
             self.note(entry)
         self.ready.set()
@@ -94,7 +95,7 @@ class ProcessLeases:
     def owners(self) -> dict[str, str]:
         """The owner of each lease, expired ones included."""
         entries = (each.entry for each in self._seen.values())
-        return {e.key: _owner(e) for e in entries if e.value and not e.key.startswith(_PULSE)}
+        return {e.key: owner_of(e) for e in entries if e.value and not e.key.startswith(_PULSE)}
 
     async def acquire(self, key: str, owner: str) -> HeldLease | None:
         """Take the lease if it is free or has expired; None if another process has it, or took it
@@ -112,19 +113,20 @@ class ProcessLeases:
             entry = await self._bucket.get(key)
             self.note(entry or Entry(key, None, 0))
         entry = self._seen[key].entry
-        if self._is_mine(entry):  # such as when the reply to an earlier call was lost
+        if self._is_mine(entry):  # the reply to an earlier call was lost, for example
             return self._hold(key, owner, entry.revision)
         if entry.value is not None and not await self._has_expired(key, entry):
             return None
         if not self._has_pulse:
             await self.renew()
         try:
-            revision = await self._bucket.put(key, self._value(owner), entry.revision)
+            value = lease_value(owner, self._process)
+            revision = await self._bucket.put(key, value, entry.revision)
         except Conflict:
             if latest := await self._bucket.get(key):
                 self.note(latest)
             return None
-        self.note(Entry(key, self._value(owner), revision))
+        self.note(Entry(key, value, revision))
         return self._hold(key, owner, revision)
 
     def _hold(self, key: str, owner: str, revision: int) -> HeldLease:
@@ -134,7 +136,7 @@ class ProcessLeases:
     async def _has_expired(self, key: str, entry: Entry) -> bool:
         """Whether neither the lease nor its holder's pulse has moved for long enough. The pulse is
         read again, because the watch may be behind."""
-        pulse_key = _PULSE + _process(entry)
+        pulse_key = _PULSE + process_of(entry)
         pulse = self._seen.get(pulse_key)
         since = self._seen[key].since
         if pulse is not None and pulse.entry.value is not None:
@@ -167,7 +169,7 @@ class ProcessLeases:
             await self._delete(lease.key, lease.revision)
 
     def drop(self, lease: HeldLease) -> bool:
-        """Use the lease no more: :meth:`renew` releases it. Returns whether it was held."""
+        """Stop using the lease; :meth:`renew` releases it. Returns whether this process had it."""
         held = self._held.get(lease.key) is lease
         if held:
             del self._held[lease.key]
@@ -185,16 +187,5 @@ class ProcessLeases:
             deleted = await self._bucket.get(key) or Entry(key, None, revision + 1)
         self.note(deleted)
 
-    def _value(self, owner: str) -> bytes:
-        return f"{owner}\n{self._process}".encode()
-
     def _is_mine(self, entry: Entry) -> bool:
-        return entry.value is not None and _process(entry) == self._process
-
-
-def _owner(entry: Entry) -> str:
-    return (entry.value or b"").decode().partition("\n")[0]
-
-
-def _process(entry: Entry) -> str:
-    return (entry.value or b"").decode().partition("\n")[2]
+        return entry.value is not None and process_of(entry) == self._process
