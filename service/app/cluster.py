@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import trio
 from prometheus_client.core import Metric
@@ -55,6 +55,7 @@ from betrace.service.tenancy.tenant import TenantState
 _log = logging.getLogger("service.cluster")
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 EVALUATING = 2  # partitions at the same time; more would wait for one another's interpreter lock
 RETRY_SECONDS = 1.0  # between attempts to reach the servers at the start
@@ -167,13 +168,7 @@ class ClusterProcess:
     async def _check(self, client: NatsClient) -> None:
         """Check the streams, and wait while there is no quorum. Raises what
         :func:`~betrace.service.storage.jetstream.setup.check` raises."""
-        while True:
-            try:
-                generations = await check(client, self._cluster)
-                break
-            except NatsUnavailable as error:
-                _log.warning("waiting for the NATS servers: %s", error)
-                await trio.sleep(RETRY_SECONDS)
+        generations = await _patiently(lambda: check(client, self._cluster))
         self._layout = Layout.of(self._cluster, generations)
         if generations.current.count != self._cluster.partitions:
             _log.warning("%s", other_number(generations, self._cluster))
@@ -212,7 +207,7 @@ class ClusterProcess:
             api, metrics = await self._serve_status(nursery, client)
             await self.compilation.run(self._threads)
         else:
-            identity = await self._identity(client)
+            identity = await _patiently(lambda: cluster_id(feed.bucket))
             query = self.query = self._make_query(
                 connect_query(
                     self._cluster,
@@ -249,14 +244,6 @@ class ClusterProcess:
             spans: EdgeAddresses = await self._start_part(nursery, Role.EDGE, self.edge)
             ingest, grpc = spans.ingest, spans.grpc
         return Addresses(ingest, grpc, api, metrics)
-
-    async def _identity(self, client: NatsClient) -> str:
-        while True:
-            try:
-                return await cluster_id(ConfigBucket(client, self._layout.config_bucket))
-            except NatsUnavailable as error:
-                _log.warning("waiting for the NATS servers: %s", error)
-                await trio.sleep(RETRY_SECONDS)
 
     async def _start_part(self, nursery: trio.Nursery, role: Role, part: RolePart) -> Any:
         """Run a part; returns what it starts with."""
@@ -351,3 +338,13 @@ class ClusterProcess:
             yield from self.edge.metrics()
         if self.evaluator is not None:
             yield from evaluator_metrics.read(self.evaluator.active_statuses)
+
+
+async def _patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """What the servers answer; waits while they are unavailable."""
+    while True:
+        try:
+            return await ask()
+        except NatsUnavailable as error:
+            _log.warning("waiting for the NATS servers: %s", error)
+            await trio.sleep(RETRY_SECONDS)

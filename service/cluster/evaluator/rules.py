@@ -25,12 +25,7 @@ from betrace.service.cluster.tenant_entries import GONE
 from betrace.service.rules.compile import CompiledRules, compile_rules
 from betrace.service.rules.definition import Rule, make_rule
 from betrace.service.rules.registry import rules_version
-from betrace.service.rules.store import ALL_TENANTS
 from betrace.service.tenants import split_log_name
-
-EVERYBODY = frozenset({ALL_TENANTS, SHARED})
-"""Names that markers use in place of a tenant for the rules of all tenants."""
-
 
 KEPT_VERSIONS = 16
 """Of a tenant's rules. Traces from before the oldest one are read again with that one."""
@@ -57,7 +52,7 @@ class RulesInForce:
             return []
         self.revisions[tenant] = revision
         problems = self._add(tenant, definitions, position)
-        if tenant in EVERYBODY:
+        if tenant == SHARED:
             self._compiled.clear()
         else:
             self._compiled.pop(tenant, None)
@@ -113,7 +108,7 @@ class RulesInForce:
     def at(self, tenant: str, position: int) -> CompiledRules:
         """The tenant's rules for traces that begin at a position."""
         tenant, _ = split_log_name(tenant)
-        names = (tenant, *EVERYBODY)
+        names = (tenant, SHARED)
         if any(self._rules(name) is not self._rules(name, position) for name in names):
             return self._compile(tenant, position)
         return self.compiled(tenant)
@@ -128,8 +123,7 @@ class RulesInForce:
         return found
 
     def _compile(self, tenant: str, position: int | None = None) -> CompiledRules:
-        names = sorted(EVERYBODY)
-        shared = {rule.id: rule for name in names for rule in self._rules(name, position)}
+        shared = {rule.id: rule for rule in self._rules(SHARED, position)}
         own = self._rules(tenant, position)
         rules = (*shared.values(), *(rule for rule in own if rule.id not in shared))
         version = rules_version(rules)
