@@ -59,9 +59,18 @@ def unpack_files(value: bytes | None) -> dict[str, str]:
         raise ValueError(f"it is damaged: {error}") from error
 
 
-def digest(text: str | None) -> str | None:
-    """What tells versions of a file apart; None for no file."""
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:32]
+def digests(texts: Texts) -> Digests:
+    """What tells versions of files apart."""
+    return {path: _digest(text) for path, text in texts.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _is(text: str | None, known: str | None) -> bool:
+    """Whether a file is as it was known; None for no file."""
+    return (None if text is None else _digest(text)) == known
 
 
 @dataclass(slots=True)
@@ -82,11 +91,11 @@ def merge(known: Mapping[str, str], disk: Texts, bucket: Texts, skipped: Collect
         here, there, before = disk.get(path), bucket.get(path), known.get(path)
         if here == there:
             continue
-        if digest(there) == before:
+        if _is(there, before):
             found.publish[path] = here
         else:
             found.write[path] = there
-            if digest(here) != before:
+            if not _is(here, before):
                 found.conflicts.append(path)
     return found
 

@@ -4,10 +4,10 @@ A rule may be written at any query node, as a file or through the API. The node 
 to the bucket that query nodes share, and the others write it to their disks. The files of a tenant
 are one entry, which is replaced by compare-and-set, so no change is lost.
 
-Owners of partitions follow another bucket, with the enabled rules of each tenant. Any query node
-writes them whose files are those of the bucket. An entry is never deleted: a tenant without rules
-has an empty list, so that its revisions keep growing. After the first complete publication another
-entry says so. The evaluators of a new cluster wait for it, so that its first spans are not
+Owners of partitions follow another bucket, with the enabled rules of each tenant. A query node
+writes them once its files are those of the bucket. An entry is never deleted: a tenant without
+rules has an empty list, so that its revisions keep growing. After the first complete publication
+another entry says so. The evaluators of a new cluster wait for it, so that its first spans are not
 evaluated without rules.
 """
 
@@ -26,7 +26,7 @@ from betrace.channels import ThreadRunner
 from betrace.service.cluster.query.rule_files import (
     FILES_PREFIX,
     AgreedFiles,
-    digest,
+    digests,
     files_key,
     merge,
     pack_files,
@@ -210,7 +210,7 @@ class RuleSharing:
             tenant
             for tenant in {*texts.texts, *texts.broken, *known, ALL_TENANTS}
             if tenant not in self._revisions
-            or {p: digest(t) for p, t in texts.texts.get(tenant, {}).items()} != known.get(tenant)
+            or digests(texts.texts.get(tenant, {})) != known.get(tenant)
         }
 
     async def _merge_all(self, texts: RuleTexts, problems: list[str]) -> bool:
@@ -248,7 +248,7 @@ class RuleSharing:
                 events.RULES_RECEIVED(tenant=tenant, files=", ".join(list(found.write)[:10]))
             for path in found.conflicts:
                 events.RULES_CONFLICT(tenant=tenant, file=path)
-            agreed = {path: digest(text) or "" for path, text in files.items()}
+            agreed = digests(files)
             for path in broken:  # not compared, so as before
                 agreed.pop(path, None)
                 if path in known:
@@ -264,9 +264,7 @@ class RuleSharing:
             files = texts.texts.get(tenant, {})
             agreed = self._agreed.digests.get(tenant, {})
             broken = texts.broken.get(tenant, {})
-            if {p: digest(t) for p, t in files.items()} != {
-                p: d for p, d in agreed.items() if p not in broken
-            }:
+            if digests(files) != {p: d for p, d in agreed.items() if p not in broken}:
                 continue  # changed meanwhile: the next exchange publishes them
             lost = [path for path, in_force in broken.items() if not in_force and path in agreed]
             if lost:
