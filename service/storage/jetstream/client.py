@@ -53,8 +53,8 @@ class NatsClient:
         self._lock = threading.Lock()
         self._accepting = True
         self._due: list[Callable[[], object]] = []  # to be called in the client's thread
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._results: list[Callable[[], None]] = []  # to be called in Trio's thread
+        # To be called in Trio's thread; several threads may run Trio.
+        self._results: dict[trio.lowlevel.TrioToken, list[Callable[[], None]]] = {}
         self.reconnects = 0
         self._thread = threading.Thread(target=self._run, name=f"nats {name}", daemon=True)
 
@@ -94,14 +94,17 @@ class NatsClient:
         cancelled, the coroutine is cancelled too, and what it sent may have arrived. Raises
         :exc:`NatsUnavailable` after ``seconds``, if given."""
         task = trio.lowlevel.current_task()
-        self._deliver_to(trio.lowlevel.current_trio_token())
+        token = trio.lowlevel.current_trio_token()
         waiting = True
 
         def finish(result: outcome.Outcome[T]) -> None:
             if waiting:
                 trio.lowlevel.reschedule(task, result)
 
-        call = _Call(self, make, seconds, lambda result: self.deliver(partial(finish, result)))
+        def finished(result: outcome.Outcome[T]) -> None:
+            self.deliver(token, partial(finish, result))
+
+        call = _Call(self, make, seconds, finished)
 
         def abort(raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
             nonlocal waiting
@@ -154,27 +157,26 @@ class NatsClient:
         for function in due:
             self._loop.call_soon(function)
 
-    def _deliver_to(self, token: trio.lowlevel.TrioToken) -> None:
-        """Deliver results to this run of Trio. Those for an earlier run are dropped."""
-        if token is not self._token:
-            with self._lock:
-                self._token, self._results = token, []
-
-    def deliver(self, function: Callable[[], None]) -> None:
-        """Call a function in Trio's thread, during a :meth:`call`; for its coroutine. Trio is woken
-        once for all that wait. What the function raises is only logged."""
-        assert self._token is not None
+    def deliver(self, token: trio.lowlevel.TrioToken, function: Callable[[], None]) -> None:
+        """Call a function in the thread of a run of Trio; for the coroutine of a :meth:`call`. Trio
+        is woken once for all that wait. What the function raises is only logged. Functions for a
+        run that has ended are dropped."""
         with self._lock:
-            self._results.append(function)
-            first = len(self._results) == 1
+            results = self._results.setdefault(token, [])
+            results.append(function)
+            first = len(results) == 1
         if first:
-            with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._deliver_all)
+            try:
+                token.run_sync_soon(self._deliver_all, token)
+            except trio.RunFinishedError:
+                self._take_results(token)
 
-    def _deliver_all(self) -> None:
+    def _take_results(self, token: trio.lowlevel.TrioToken) -> list[Callable[[], None]]:
         with self._lock:
-            results, self._results = self._results, []
-        for function in results:
+            return self._results.pop(token, [])
+
+    def _deliver_all(self, token: trio.lowlevel.TrioToken) -> None:
+        for function in self._take_results(token):
             try:
                 function()
             except Exception:  # it would end the run of Trio

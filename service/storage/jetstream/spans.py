@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import trio
 from outcome import Error, Outcome, Value
 
 from betrace.service.storage.jetstream.client import NatsClient
@@ -73,6 +74,7 @@ class SpanStreams:
         """Append messages to different partitions, which costs less than :meth:`append` for each.
         ``done`` is called with the number and the outcome of each one when it ends, unless this
         call was cancelled before."""
+        token = trio.lowlevel.current_trio_token()
         waiting = True
 
         def report(number: int, result: Outcome[int]) -> None:
@@ -80,7 +82,7 @@ class SpanStreams:
                 done(number, result)
 
         def deliver(number: int, result: Outcome[int]) -> None:
-            self._client.deliver(partial(report, number, result))
+            self._client.deliver(token, partial(report, number, result))
 
         async def work(nats: Nats) -> None:
             await _AppendsTogether(self, nats, appends, deliver).run()

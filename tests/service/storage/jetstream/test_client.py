@@ -107,6 +107,34 @@ async def test_calls_run_side_by_side_and_return_results_and_errors(
     assert connection.max_payload == 8 << 20
 
 
+async def test_runs_of_trio_in_several_threads_get_their_own_results(
+    connection: NatsClient,
+) -> None:
+    """The archive of a query node runs Trio in a thread of its own, with the same client."""
+    release = asyncio.Event()
+
+    async def wait(nats: Nats) -> str:
+        await release.wait()
+        return "first"
+
+    async def let_go(nats: Nats) -> str:
+        release.set()
+        await asyncio.sleep(0.05)
+        return "second"
+
+    found: list[str] = []
+
+    async def call() -> None:
+        found.append(await connection.call(wait))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await trio.testing.wait_all_tasks_blocked()
+            second = await trio.to_thread.run_sync(trio.run, connection.call, let_go)
+    assert (found, second) == (["first"], "second")
+
+
 async def test_a_cancelled_call_ends_at_once_and_its_coroutine_too(
     connection: NatsClient,
 ) -> None:
