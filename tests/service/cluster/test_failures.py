@@ -5,7 +5,6 @@ The table in ``docs/cluster.md`` names these tests, and those of the other failu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +21,6 @@ from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.jetstream.stream_log import LogMessage
 from tests.cluster.links import Link
 from tests.support.cluster_load import WAIT
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
 from tests.support.owners_on_nats import (
     PARTITIONS,
     EvaluatorInProcess,
@@ -35,14 +33,6 @@ from tests.support.owners_on_nats import (
 pytestmark = pytest.mark.slow
 
 HOUR_NS = 3600 * 1_000_000_000
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[NatsServers]:
-    if PROGRAM is None:
-        pytest.skip(MISSING)
-    with NatsServers(tmp_path_factory.mktemp("nats")) as servers:
-        yield servers
 
 
 async def loaded(cluster: OwnersOnNats, seconds: float = 1.0) -> None:

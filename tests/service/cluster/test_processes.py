@@ -15,7 +15,6 @@ from click.testing import CliRunner
 from betrace.service.cli.main import cli
 from betrace.service.storage.paths import tenant_directory
 from tests.support.cluster_processes import Cluster
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
 from tests.support.process import ANSWER_SECONDS, RULES, wait_for
 from tests.support.spans import S, body
 
@@ -23,14 +22,6 @@ pytestmark = pytest.mark.slow
 
 WAIT = 120  # seconds
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if PROGRAM is None:
-        pytest.skip(MISSING)
-    with NatsServers(tmp_path_factory.mktemp("nats")) as servers:
-        yield servers
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@ Nothing is lost and nothing doubled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import trio
 
@@ -12,18 +10,9 @@ from betrace.service.cluster.evaluator.stragglers import forwarded_key
 from betrace.service.storage.jetstream import resize
 from betrace.service.storage.jetstream.bucket import ConfigBucket
 from tests.support.cluster_load import WAIT
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
 from tests.support.owners_on_nats import current, wait_until, with_partitions
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[NatsServers]:
-    if PROGRAM is None:
-        pytest.skip(MISSING)
-    with NatsServers(tmp_path_factory.mktemp("nats")) as servers:
-        yield servers
 
 
 @with_partitions(16)

@@ -18,21 +18,13 @@ from tests.support.api_client import ApiClient
 from tests.support.clustered import node_settings, process
 from tests.support.edges import post
 from tests.support.inprocess import write_rules
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
+from tests.support.nats_servers import connected
 from tests.support.spans import S, body
 from tests.support.tenant_keys import OPERATOR, bearer, new_key, raw
 
 WHO = Operator("test", "")
 WAIT = 120
 _numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if PROGRAM is None:
-        pytest.skip(MISSING)
-    with NatsServers(tmp_path_factory.mktemp("nats")) as servers:
-        yield servers
 
 
 @pytest.fixture

@@ -3,21 +3,11 @@ owners are killed, frozen, stopped and replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import trio
 
 from tests.support.nats_servers import MISSING, PROGRAM, NatsServers
 from tests.support.owners_on_nats import OwnersOnNats, current, on_a_server, wait_until
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[NatsServers]:
-    if PROGRAM is None:
-        pytest.skip(MISSING)
-    with NatsServers(tmp_path_factory.mktemp("nats")) as servers:
-        yield servers
 
 
 @on_a_server

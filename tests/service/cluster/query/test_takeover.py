@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 
-import pytest
 import trio
 
 from betrace.service.app.builder import open_query_service
@@ -26,21 +24,13 @@ from tests.service.cluster.query.test_sending import impatient, raised, retracti
 from tests.support.api_client import ApiClient
 from tests.support.http_receiver import receiving
 from tests.support.inprocess import served, settings
-from tests.support.nats_servers import MISSING, PROGRAM, NatsServers, connected
+from tests.support.nats_servers import connected
 from tests.support.query_nodes import FedNode
 
 _ = impatient
 
 EXPORT = "export-otlp"
 PARTITIONS = range(2)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[NatsServers]:
-    if PROGRAM is None:
-        pytest.skip(MISSING)
-    with NatsServers(tmp_path_factory.mktemp("nats")) as servers:
-        yield servers
 
 
 class Cluster:
