@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import TypeVar
 from unittest import mock
 
 import trio
 from trio.testing import MockClock
 
 from betrace.channels import ThreadRunner
+
+T = TypeVar("T")
 
 
 class _Time:
@@ -92,3 +95,29 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
             trio.run(with_token, clock=time.clock)
     finally:
         _present = None
+
+
+def with_world(
+    make: Callable[[], AbstractAsyncContextManager[T]],
+) -> Callable[[Callable[[T], Awaitable[None]]], Callable[[], None]]:
+    """A decorator that runs an async test in virtual time, with what ``make`` opens."""
+
+    def decorate(test: Callable[[T], Awaitable[None]]) -> Callable[[], None]:
+        async def main() -> None:
+            async with make() as world:
+                await test(world)
+
+        def decorated() -> None:
+            run(main)
+
+        decorated.__name__, decorated.__doc__ = test.__name__, test.__doc__
+        return decorated
+
+    return decorate
+
+
+async def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Look again and again until the condition is true."""
+    with trio.fail_after(seconds):
+        while not condition():
+            await trio.sleep(0.02)

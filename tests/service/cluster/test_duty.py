@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
+
 import trio
 
 from betrace.service.cluster.duty import Duty, DutyTimes
@@ -45,17 +47,14 @@ class Nodes:
         return node, duty
 
 
-def in_virtual_time(test):
-    def run() -> None:
-        async def main() -> None:
-            async with trio.open_nursery() as nursery:
-                await test(Nodes(nursery))
-                nursery.cancel_scope.cancel()
+@asynccontextmanager
+async def some_nodes():
+    async with trio.open_nursery() as nursery:
+        yield Nodes(nursery)
+        nursery.cancel_scope.cancel()
 
-        virtual.run(main)
 
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
+in_virtual_time = virtual.with_world(some_nodes)
 
 
 @in_virtual_time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import asynccontextmanager
 
 import orjson
 import trio
@@ -10,19 +11,6 @@ import trio
 from betrace.service.cluster.membership import Membership, beat_key, drain_key
 from tests.support import virtual
 from tests.support.cluster_fakes import FakeBucket, FakeNats, FakeNode
-
-
-def in_virtual_time(test):
-    def run() -> None:
-        async def main() -> None:
-            async with trio.open_nursery() as nursery:
-                await test(Nodes(nursery))
-                nursery.cancel_scope.cancel()
-
-        virtual.run(main)
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
 
 
 class Nodes:
@@ -41,6 +29,16 @@ class Nodes:
 
         self.nursery.start_soon(run)
         return node, membership
+
+
+@asynccontextmanager
+async def some_nodes():
+    async with trio.open_nursery() as nursery:
+        yield Nodes(nursery)
+        nursery.cancel_scope.cancel()
+
+
+in_virtual_time = virtual.with_world(some_nodes)
 
 
 @in_virtual_time

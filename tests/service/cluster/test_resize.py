@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import asynccontextmanager
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,7 @@ from betrace.service.storage.jetstream.generations import (
 )
 from tests.support import virtual
 from tests.support.cluster_fakes import FakeBucket, FakeEvaluator, FakeNats, FakeNode
+from tests.support.virtual import wait_until
 
 # Numbers
 
@@ -155,27 +157,16 @@ class Cluster:
             assert self.nats.signals(partition) == sent
 
 
-async def wait_until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(120):
-        while not condition():
-            await trio.sleep(0.02)
+@asynccontextmanager
+async def fake_cluster():
+    with ThreadRunner("evaluators", 64) as threads:
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(900):
+                yield Cluster(nursery, threads)
+            nursery.cancel_scope.cancel()
 
 
-def in_virtual_time(test):
-    """Run an async test of a :class:`Cluster` in virtual time."""
-
-    def run() -> None:
-        async def main() -> None:
-            with ThreadRunner("evaluators", 64) as threads:
-                async with trio.open_nursery() as nursery:
-                    with trio.fail_after(900):
-                        await test(Cluster(nursery, threads))
-                    nursery.cancel_scope.cancel()
-
-        virtual.run(main)
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
+in_virtual_time = virtual.with_world(fake_cluster)
 
 
 @in_virtual_time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import asynccontextmanager
 from datetime import date
 from unittest import mock
 
@@ -16,6 +17,7 @@ from betrace.service.storage.jetstream.archive_progress import ArchiveProgress, 
 from betrace.service.storage.jetstream.errors import StreamFull
 from tests.support import virtual
 from tests.support.cluster_fakes import FakeBucket, FakeEvaluator, FakeNats, FakeNode
+from tests.support.virtual import wait_until
 
 PARTITIONS = range(4)
 
@@ -64,27 +66,16 @@ class Cluster:
             assert self.nats.signals(partition) == self.sent[partition]
 
 
-async def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    with trio.fail_after(seconds):
-        while not condition():
-            await trio.sleep(0.02)
+@asynccontextmanager
+async def fake_cluster():
+    with ThreadRunner("evaluators", 16) as threads:
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(600):
+                yield Cluster(nursery, threads)
+            nursery.cancel_scope.cancel()
 
 
-def in_virtual_time(test):
-    """Run an async test of a :class:`Cluster` in virtual time."""
-
-    def run() -> None:
-        async def main() -> None:
-            with ThreadRunner("evaluators", 16) as threads:
-                async with trio.open_nursery() as nursery:
-                    with trio.fail_after(600):
-                        await test(Cluster(nursery, threads))
-                    nursery.cancel_scope.cancel()
-
-        virtual.run(main)
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
+in_virtual_time = virtual.with_world(fake_cluster)
 
 
 def all_owned(*evaluators: FakeEvaluator) -> Callable[[], bool]:
