@@ -13,9 +13,10 @@ from betrace.service.storage.duck.store import DuckStore
 from betrace.service.storage.jetstream.archive_progress import read_progress
 
 DUTY = "archive"
-"""Of the one node that archives."""
+"""The duty of the one node that archives."""
 WORK = "archive.new"
-"""In the data directory: the day that is being archived. Backups leave out what ends like this."""
+"""The folder in the data directory with the day that is being archived. Backups leave out names
+that end like this."""
 
 
 def cluster_daily(settings: Settings, store: DuckStore, cluster: ClusterConnection) -> Daily:

@@ -43,8 +43,8 @@ from betrace.service.tenancy.gate import Gate
 
 _WORKERS = 256  # batches of requests that wait for the log at the same time
 _IN_FLIGHT = 10
-"""An edge holds so many times ``pipeline.ingest_capacity_spans``, because spans take their capacity
-until the log has acknowledged them."""
+"""An edge holds this many times ``pipeline.ingest_capacity_spans``, because spans take their
+capacity until the log has acknowledged them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ class Edge:
 
 
 def warm_up() -> None:
-    """Compile the kernels of an edge, or load them from the cache on disk, apart from those of
-    JSON, which its process compiles before."""
+    """Compile the kernels of an edge, or load them from the cache on disk, except those of JSON,
+    which its process compiles earlier."""
     wire.warm_up()
     split.warm_up()

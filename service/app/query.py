@@ -24,12 +24,12 @@ from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.spans import SpanStreams
 
 DUTY_LEASES = 3
-"""A duty is taken over after so many times the lease of a partition, because nobody waits for
-it."""
+"""The lease of a duty is this many times as long as that of a partition, because nobody waits for a
+duty."""
 
 
 def duty_times(settings: ClusterSettings) -> DutyTimes:
-    """The times of duties, the same for everybody who wants them."""
+    """The times of duties. All nodes must use the same."""
     return DutyTimes(DUTY_LEASES * settings.lease_seconds, settings.lease_seconds)
 
 

@@ -27,7 +27,7 @@ _log = logging.getLogger("service.cluster.duty")
 @dataclass(frozen=True, slots=True)
 class DutyTimes:
     """A successor takes a duty over ``lease_seconds`` after the last renewal that it saw; the
-    holder renews it, and others look whether it is free, every ``renew_seconds``."""
+    holder renews it, and others check whether it is free, every ``renew_seconds``."""
 
     lease_seconds: float
     renew_seconds: float
@@ -83,7 +83,7 @@ class Duty:
                 nursery.cancel_scope.cancel()
 
     def doubt(self) -> None:
-        """Stop the work and look who has the duty, because another process did some of it."""
+        """Stop the work and check who has the duty, because another process did some of it."""
         self._lose()
 
     async def run(self) -> None:

@@ -1,5 +1,5 @@
-"""The keys of leases. The owner of a partition's lease owns the partition, that of a duty's lease
-has the duty."""
+"""The keys of leases. The owner of a partition's lease owns the partition; the owner of a duty's
+lease has the duty."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ class ClusterSettings(SettingsSection):
     node: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$", max_length=64)] = ""
     """This process's name, unique in the cluster; if empty, host name and process id."""
     partitions: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Number of partitions that spans are divided into. It counts when the cluster is created;
-    later, `betrace cluster resize` changes it, and this setting is ignored."""
+    """Number of partitions that spans are divided into. Used when the cluster is created; after
+    that, this setting is ignored, and `betrace cluster resize` changes the number."""
     replicas: Annotated[int, Field(ge=1, le=5)] = 3
     """Servers that keep each message. A message is acknowledged once most of them have it."""
     partition_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = 0

@@ -79,7 +79,7 @@ class Ingest(SettingsSection):
     max_tenants: Count = 1000
     """Maximum tenants without authentication, when anyone may name a new one. Spans and rules of
     another new tenant get 403; existing tenants, and those that operators create, are not
-    affected. On a cluster, the tenants of all edges count."""
+    affected. On a cluster, the limit is for the tenants of all edges together."""
     refuse_above: Fraction = 0.9
     """Requests get 503 while the span-ingestion channel is fuller than this fraction."""
     offer_timeout_ms: Count = 100

@@ -167,7 +167,7 @@ class Faults:
                 try:
                     self._cluster.command(*arguments)
                     return
-                except (ServersAway, AssertionError):  # such as that evaluators are away
+                except (ServersAway, AssertionError):  # evaluators may be away
                     if time.monotonic() > end:
                         raise
                 time.sleep(0.5)

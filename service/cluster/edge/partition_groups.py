@@ -1,4 +1,4 @@
-"""The groups of a partition: when one of them is sent, and why no more is taken."""
+"""The groups of a partition: when they are sent, and when no more spans are taken."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_IN_FLIGHT = 2  # messages per partition
 STALL_SECONDS = 3.0
 """A partition whose oldest append has taken this long gets no further spans until it is done."""
 
-# Groups are sent before they are full or old, because nothing is in flight, only while so few
+# Groups are sent before they are full or old, because nothing is in flight, only while few
 # messages are sent: a message costs as much CPU time as a hundred spans.
 EAGER_PER_SECOND = 100
 EAGER_BURST = 100

@@ -1,7 +1,7 @@
-"""The tenants at an edge: it lets in whom the configuration bucket lets in.
+"""The tenants at an edge: it admits those that the configuration bucket has.
 
 The edge's own directory is a copy. An edge that is cut off keeps what it knows; it cannot store
-spans then. What it does not know yet about a tenant is known within about a second.
+spans then. Changes of a tenant reach it within about a second.
 """
 
 from __future__ import annotations

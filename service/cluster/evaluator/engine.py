@@ -97,7 +97,7 @@ class PartitionEngine:
 
     def _change_rules(self, group: MessageGroup, marker: RulesMarker, found: Results) -> None:
         sequence = group.last.sequence
-        position = pack_log_position(self._partition, group.last.sequence)
+        position = pack_log_position(self._partition, sequence)
         if marker.tenant.startswith(GONE):
             self._delete(marker.tenant.removeprefix(GONE), marker.revision, position)
             return

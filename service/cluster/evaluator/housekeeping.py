@@ -16,16 +16,16 @@ _log = logging.getLogger("service.cluster.owner")
 
 EVERY_SECONDS = 3600.0
 ORPHAN_SECONDS = 3600.0
-"""Chunks of a checkpoint that was not completed for so long are deleted."""
+"""Chunks of a checkpoint that was not completed for this long are deleted."""
 
 _DAY_NS = 86_400 * 1_000_000_000
 
 
 async def keep_house(parts: OwnerParts, partition: int, read_ns: Callable[[], int]) -> None:
-    """Delete messages past retention, those of former partitions included, but with the archive
-    enabled none that is not archived; the owner of the first current partition also deletes what
-    interrupted checkpoints have left. ``read_ns`` returns when the last message read was
-    appended."""
+    """Delete messages past retention, those of former partitions included. With the archive
+    enabled, messages that are not archived stay. The owner of the first current partition also
+    deletes what interrupted checkpoints have left. ``read_ns`` returns when the last message read
+    was appended."""
     while True:
         await trio.sleep(EVERY_SECONDS)
         try:

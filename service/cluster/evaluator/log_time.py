@@ -10,11 +10,11 @@ from __future__ import annotations
 BOUNDARY_NS = 250_000_000
 """Groups of messages end at multiples of this."""
 CLOSE_EVERY = 4
-"""Traces are closed at each multiple of so many boundaries, before the message that crosses it is
+"""Traces are closed once in this many boundaries, before the message that crosses the boundary is
 folded. Deciding few traces costs as much as deciding many."""
 MOST_STEP_NS = 2_000_000_000
 EARLY_NS = 60_000_000_000
-"""Messages of a new partition that were stored before its parent's last one are at most that much
+"""Messages of a new partition that were stored before its parent's last one are at most this much
 older, unless the server's clock was set back."""
 
 

@@ -22,9 +22,9 @@ _log = logging.getLogger("service.cluster.output")
 
 MOST_WAITING_ROWS = 20_000
 SOON_ROWS = 2_000
-"""So many rows are appended as soon as possible even if no signal is among them."""
+"""This many rows are appended as soon as possible even if no signal is among them."""
 INLINE_ROWS = 50
-"""So many rows are packed on Trio's thread, in about 0.2 ms."""
+"""At most this many rows are packed on Trio's thread, in about 0.2 ms."""
 
 HEARTBEAT_SECONDS = 1.0
 _RETRY_SECONDS = 1.0

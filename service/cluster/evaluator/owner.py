@@ -33,8 +33,8 @@ from betrace.service.telemetry import events
 _log = logging.getLogger("service.cluster.owner")
 
 SUCCESSOR_SECONDS = 2 * PREPARE_SECONDS
-"""After the checkpoint of a planned move is saved, work goes on for so long, because the successor
-loads it meanwhile."""
+"""After the checkpoint of a planned move is saved, work goes on for this long, while the successor
+loads it."""
 
 _ACQUIRE_SECONDS = 0.02  # between looks at the leases that are known, which are no requests
 

@@ -68,7 +68,8 @@ class PartitionStatus:
     """Places of the log where messages are missing."""
 
     waiting: str | None = None
-    """Why nothing is applied now, such as that no query node answers; None if work goes on."""
+    """Why nothing is applied now, for example because no query node answers; None if work goes
+    on."""
 
     failures: int = 0
     """How often the partition was dropped because of an error."""

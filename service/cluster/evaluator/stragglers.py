@@ -32,7 +32,7 @@ from betrace.service.tenants import split_log_name
 _log = logging.getLogger("service.cluster.owner")
 
 BUSY_SECONDS = 600.0
-"""A former log is watched closely for so long after a straggler or the start."""
+"""A former log is watched closely for this long after a straggler or the start."""
 _WAIT_SECONDS = 5.0
 _REST_SECONDS = 30.0
 _RETRY_SECONDS = 0.5

@@ -38,7 +38,7 @@ from betrace.service.traces.verdicts import Decided
 _log = logging.getLogger("service.query")
 
 READ_BYTES = 4 << 20
-FEW = 4  # messages; more are waiting behind more
+FEW = 4  # messages; after more than these, others probably wait
 GATHER_SECONDS = 0.1
 """Few messages of all partitions are read at the same moment, this often: then their results are
 stored together."""

@@ -113,7 +113,7 @@ class ClusterConnection:
     shared: ConfigBucket
     """What query nodes share."""
     duties: Duties
-    """What one query node at a time does."""
+    """The work that one query node does at a time."""
     recent: RecentOutput
     index_subject: str
     open_traces: RemoteOpenTraces

@@ -38,8 +38,8 @@ class RecentOutput:
         self._partitions: dict[int, _Partition] = {}
 
     def add(self, partition: int, sequence: int, signals: Sequence[Signal]) -> None:
-        """Note the signals of a message. Messages come in order; after a jump, such as when the
-        stream is read from its beginning again, earlier ones are forgotten."""
+        """Note the signals of a message. Messages come in order; after a jump, for
+        example when the stream is read from its beginning again, earlier ones are forgotten."""
         if not self.used:
             return
         with self._lock:

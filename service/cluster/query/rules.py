@@ -54,8 +54,8 @@ POLL_SECONDS = 0.2
 RETRY_SECONDS = 1.0
 EMPTY = b"[]"
 ALONE_SECONDS = 10.0
-"""A node without rules waits for so long before it says that the rules are published: another node
-may have some."""
+"""A node without rules waits for this long before it says that the rules are published: another
+node may have some."""
 
 
 def definitions_of(rules: tuple[Rule, ...]) -> bytes:

@@ -86,6 +86,6 @@ class SharedTurns:
         await self._duties.get(name).perform(work)
 
     def progress(self, name: str) -> SharedProgress:
-        """How far a destination is. Also enters for its duty."""
+        """How far a destination is. From now on, this node wants its duty."""
         self._duties.get(name)
         return SharedProgress(self._bucket, PROGRESS_PREFIX + name, self._begin(name))

@@ -36,6 +36,7 @@ _log = logging.getLogger("service.alerts")
 
 PREFIX = "alerts."
 PROGRESS = "alerts-progress"
+_KEYS = "alerts"  # what all of these keys begin with
 COUNTS_SECONDS = 5.0
 """How long changed counts may wait to be saved."""
 
@@ -50,9 +51,9 @@ class SharedAlerts:
     """Implements :class:`betrace.service.storage.alert_store.SavedAlerts`. Make it on the Trio
     thread; the methods that block are for other threads.
 
-    ``duty`` is doubted when another node has changed an alert. ``before`` has the alerts that this
-    node had on its own, with an earlier version; they count if there are none in the bucket, and
-    ``begin`` is then how far its ledger is.
+    When another node has changed an alert, this one doubts that it has the ``duty``. ``before`` has
+    the alerts that this node kept on its own with an earlier version, and ``begin`` the sequences
+    up to which its ledger has the signals; both count only if the bucket has no progress yet.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class SharedAlerts:
     async def _load(self) -> dict[str, int] | None:
         """Read everything anew."""
         progress = await self._bucket.get(PROGRESS)
-        entries = await self._bucket.entries(PROGRESS.partition("-")[0])
+        entries = await self._bucket.entries(_KEYS)
         revisions = [each.revision for each in entries if each.key == PROGRESS]
         if progress is not None and max(revisions, default=0) < progress.revision:
             raise NatsUnavailable("a replica of the bucket is behind")

@@ -69,7 +69,7 @@ class Generations:
         return iter(self.listed)
 
     def grown(self, partitions: int) -> Generations:
-        """With a further generation of so many partitions. Raises ValueError if that is not a
+        """With a further generation of this many partitions. Raises ValueError if that is not a
         multiple, or if the numbers run out."""
         before = self.current.count
         if partitions <= before or partitions % before:

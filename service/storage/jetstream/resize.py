@@ -33,9 +33,9 @@ async def progress(client: NatsClient, settings: ClusterSettings) -> tuple[Gener
 
 
 async def resize(client: NatsClient, settings: ClusterSettings, partitions: int) -> list[str]:
-    """Divide spans among so many partitions from now on; returns what was done, nothing if it
-    is so already. May be interrupted at any point and called again. Raises :exc:`SetupError` if
-    that is not possible, and :exc:`NatsUnavailable`."""
+    """Divide spans among this many partitions from now on; returns what was done, which is nothing
+    if there are that many already. May be interrupted at any point and called again. Raises
+    :exc:`SetupError` if that is not possible, and :exc:`NatsUnavailable`."""
     generations, unfinished = await progress(client, settings)
     if generations.current.count == partitions:
         return []

@@ -99,8 +99,8 @@ class Wakeups:
         self._subjects: dict[str, _Subject] = {}
 
     async def bell(self, wakeup: Wakeup) -> Bell:
-        """The bell that rings for a wakeup. Once nobody has asked for one of the subject for 30
-        seconds, it rings no more."""
+        """The bell that rings for a wakeup. The bells of a subject stop ringing once nobody has
+        asked for one for 30 seconds."""
         subject = self._subjects.get(wakeup.subject)
         if subject is not None:
             subject.used = self._loop.time()
