@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import trio
@@ -22,6 +23,7 @@ from betrace.service.cluster.query.open_traces import (
 from betrace.service.cluster.query.recent_output import RecentOutput
 from betrace.service.cluster.tenant_feed import TenantFeed
 from betrace.service.config.settings import Settings
+from betrace.service.signals import Kind, Signal, signal_id
 from betrace.service.storage.jetstream.bucket import Conflict, Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import Epoch
@@ -35,6 +37,19 @@ from tests.support.inprocess import served
 
 LAST_SPANS = 100
 """The sequence of the last message of each partition's log."""
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return when the condition is true."""
+    with trio.fail_after(60):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+def retraction(raised: Signal) -> Signal:
+    """The signal that retracts another one, whose rule is ``r`` with version ``v``."""
+    identity = signal_id(raised.tenant, "r", "v", raised.trace_id, Kind.RETRACTED)
+    return replace(raised, id=identity, kind=Kind.RETRACTED)
 
 
 class ListedOut:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 
 import orjson
 import pytest
@@ -14,7 +13,6 @@ from betrace.service.api.components import components
 from betrace.service.cluster import output
 from betrace.service.cluster.query.applied import read_cursors
 from betrace.service.otlp.partition import partition_of
-from betrace.service.signals import Kind, signal_id
 from betrace.service.storage.jetstream.bucket import Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.generations import (
@@ -28,7 +26,7 @@ from betrace.service.storage.undecided import UndecidedTrace
 from betrace.service.traces.verdicts import Decided
 from tests.support.failing_stores import due, signal
 from tests.support.inprocess import ledger_signals, running, settings, write_rules
-from tests.support.query_nodes import FedNode, ListedOut
+from tests.support.query_nodes import FedNode, ListedOut, retraction
 
 
 @pytest.fixture
@@ -40,12 +38,6 @@ def config(tmp_path):
 def decided(*numbers, tenant="acme", signals=()):
     found = due(*numbers, tenant=tenant)
     return Decided(tenant, [signal(n, tenant) for n in signals], found if numbers else None)
-
-
-def retraction(number):
-    raised = signal(number)
-    identity = signal_id("acme", "r", "v", raised.trace_id, Kind.RETRACTED)
-    return replace(raised, id=identity, kind=Kind.RETRACTED)
 
 
 def stored(service, tenant="acme"):
@@ -111,7 +103,7 @@ async def test_a_restart_continues_where_it_stopped(config):
 async def test_what_is_applied_again_after_a_crash_changes_nothing(config):
     node = FedNode()
     node.outs[0].add(decided(1, 2, signals=[1, 2]))
-    node.outs[0].add(Decided("acme", [retraction(2)], None))
+    node.outs[0].add(Decided("acme", [retraction(signal(2))], None))
     async with node.running(config, die=True) as service:
         await node.applied(service)
         before = stored(service)
@@ -352,7 +344,7 @@ async def test_a_partitions_output_is_applied_after_that_of_its_parent(config):
         await node.applied(service)
         resized(node)
         node.outs[2].add_bytes(b"")
-        node.outs[2].add(Decided("acme", [retraction(1)], None))
+        node.outs[2].add(Decided("acme", [retraction(signal(1))], None))
         node.outs[0].add(decided(2, signals=[2]))
         finish(node, 1)
         with trio.fail_after(60):

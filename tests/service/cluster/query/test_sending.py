@@ -23,7 +23,6 @@ from betrace.service.export.alerts import alerts as alerts_module
 from betrace.service.export.alerts import sender as sender_module
 from betrace.service.export.alerts.alert import Alert, Delivered, State
 from betrace.service.otlp.partition import partition_of
-from betrace.service.signals import Kind, signal_id
 from betrace.service.storage.alert_store import AlertStore, AlertStoreError
 from betrace.service.storage.jetstream.bucket import Entry
 from betrace.service.storage.jetstream.errors import NatsUnavailable
@@ -39,7 +38,7 @@ from tests.support.cluster_fakes import FakeBucket, FakeNats, FakeNode
 from tests.support.failing_stores import signal
 from tests.support.http_receiver import receiving
 from tests.support.inprocess import settings
-from tests.support.query_nodes import FedNode, ListedOut
+from tests.support.query_nodes import FedNode, ListedOut, retraction, until
 
 OTLP = "export-otlp"
 
@@ -70,12 +69,6 @@ def config(tmp_path, receiver):
         return settings(tmp_path / name, rules={}, **sections)
 
     return make
-
-
-async def until(condition):
-    with trio.fail_after(60):
-        while not condition():
-            await trio.sleep(0.01)
 
 
 def raised(number, **changes):
@@ -163,11 +156,6 @@ def alert_config(config, receiver, name):
 
 def told(receiver):
     return [(each["status"], each["startsAt"]) for each in receiver.alerts()]
-
-
-def retraction(of):
-    identity = signal_id("acme", "r", "v", of.trace_id, Kind.RETRACTED)
-    return replace(of, id=identity, kind=Kind.RETRACTED)
 
 
 async def test_alerts_survive_the_node_that_sends_them(config, receiver):

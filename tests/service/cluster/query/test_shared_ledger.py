@@ -15,13 +15,13 @@ import trio
 
 from betrace.service.app.service import Service
 from betrace.service.config.settings import Settings
-from betrace.service.signals import Kind, Signal, signal_id
+from betrace.service.signals import Kind, Signal
 from betrace.service.storage.ledger import packed
 from betrace.service.traces.verdicts import Decided
 from tests.support.failing_stores import due, signal
 from tests.support.fake_tigerbeetle import Cluster
 from tests.support.inprocess import ledger_signals, running, settings, write_rules
-from tests.support.query_nodes import FedNode
+from tests.support.query_nodes import FedNode, retraction
 
 TENANTS = ("acme", "shop")
 
@@ -37,11 +37,6 @@ def node_settings(directory: Path, **more: Any) -> Settings:
     write_rules(directory, {"many": "count(a) > 1"}, "acme")
     tigerbeetle = {"addresses": "127.0.0.1:3000", "cluster_id": 0, "start_seconds": 0.2}
     return settings(directory, ledger={"kind": "tigerbeetle", "tigerbeetle": tigerbeetle}, **more)
-
-
-def retraction(raised: Signal) -> Signal:
-    identity = signal_id(raised.tenant, "r", "v", raised.trace_id, Kind.RETRACTED)
-    return replace(raised, id=identity, kind=Kind.RETRACTED)
 
 
 def fill(node: FedNode, first: int, count: int = 10) -> list[Signal]:
@@ -93,7 +88,7 @@ async def test_two_nodes_record_each_signal_once(tmp_path, cluster):
         await second.applied(b)
         for service in (a, b):
             is_exact(service, cluster, signals)
-            # What the other node recorded first is new to this one all the same.
+            # What the other node recorded first is still new to this one.
             assert service.pipeline.record.counts.new == len(signals)
     assert len({number for name, number in cluster.requests if name == "create_transfers"}) >= 1
     assert len(cluster.accounts) == 4

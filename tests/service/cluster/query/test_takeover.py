@@ -20,12 +20,12 @@ from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.traces.verdicts import Decided
-from tests.service.cluster.query.test_sending import impatient, raised, retraction, until
+from tests.service.cluster.query.test_sending import impatient, raised
 from tests.support.api_client import ApiClient
 from tests.support.http_receiver import receiving
 from tests.support.inprocess import served, settings
 from tests.support.nats_servers import connected
-from tests.support.query_nodes import FedNode
+from tests.support.query_nodes import FedNode, retraction, until
 
 _ = impatient
 

@@ -25,7 +25,7 @@ from betrace.service.traces.verdicts import Decided
 from tests.support.api_client import ApiClient
 from tests.support.failing_stores import due, signal
 from tests.support.inprocess import settings, write_rules
-from tests.support.query_nodes import LAST_SPANS, FedNode
+from tests.support.query_nodes import LAST_SPANS, FedNode, until
 from tests.support.tenant_keys import new_key, raw
 
 WHO = Operator("test", "")
@@ -34,12 +34,6 @@ WHO = Operator("test", "")
 @pytest.fixture
 def node():
     return FedNode()
-
-
-async def until(condition):
-    with trio.fail_after(60):
-        while not condition():
-            await trio.sleep(0.01)
 
 
 def decided(name, *numbers):

@@ -16,7 +16,7 @@ from tests.support.api_client import ApiClient
 from tests.support.cluster_fakes import FakeBucket, FakeNats, FakeNode
 from tests.support.failing_stores import signal
 from tests.support.inprocess import settings, write_rules
-from tests.support.query_nodes import FedNode
+from tests.support.query_nodes import FedNode, until
 
 HOUR = 3_600 * 10**9
 
@@ -54,12 +54,6 @@ async def nodes(tmp_path, nursery):
     for node in found:
         node.threads.close()
         node.store.close()
-
-
-async def until(condition):
-    with trio.fail_after(60):
-        while not condition():
-            await trio.sleep(0.01)
 
 
 async def test_a_mute_holds_everywhere_and_ends_everywhere(nodes):
