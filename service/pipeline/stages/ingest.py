@@ -140,8 +140,8 @@ class IngestStage:
         return used
 
     async def _pass_on(self, batch: SpanBatch) -> None:
-        """Pass on a batch of many spans. It does not stand in the way of others that would fit into
-        the channel."""
+        """Pass on a batch of many spans. It does not block smaller batches that would fit into the
+        channel."""
         if len(batch) > QUICK_SPANS:
             await self.pass_on_many(batch)
             return
