@@ -36,7 +36,7 @@ class Screen:
         wanted: Mapping[int, Sequence[int]],
         until: float,
     ) -> set[tuple[int, int]]:
-        """The pairs (trace, rule) of which the trace certainly keeps the rule. ``wanted`` has the
+        """The pairs (trace, rule) in which the trace certainly keeps the rule. ``wanted`` has the
         rules by trace. Of open traces, the early rules are judged. No rule is begun after the time
         ``until`` of :func:`time.monotonic`."""
         by_rule: dict[int, list[tuple[int, WholeTrace]]] = {}
