@@ -336,9 +336,9 @@ class Checkpoint(SettingsSection):
     """Checkpoints of open traces, so that a restart reads little of the log."""
 
     interval_seconds: Seconds = 5
-    """How often a checkpoint is written while much arrives."""
+    """How often a checkpoint is written while many spans arrive."""
     max_interval_seconds: Seconds = 60
-    """How often a checkpoint is written while little arrives."""
+    """How often a checkpoint is written while few spans arrive."""
     log_bytes: Size = 32 * MIB
-    """Much: a checkpoint is due after `interval_seconds` if a restart would have to read more of
-    the log than this."""
+    """If a restart would have to read more of the log than this, a checkpoint is due after
+    `interval_seconds`, else after `max_interval_seconds`."""
