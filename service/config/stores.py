@@ -38,8 +38,8 @@ class Log(SettingsSection):
     segment_bytes: Size = 128 * MIB
     """Size at which a log file is closed and a new one is begun."""
     scrub_bytes_per_second: Annotated[int, Field(ge=0, le=1 << 30)] = 2 * MIB
-    """Once a day the log and DuckDB's files are read at this rate, because damage in what nobody
-    reads stays unknown otherwise. 0 for never."""
+    """The rate at which the log and DuckDB's files are read once a day, to find damage in data that
+    nobody reads. 0 turns this off."""
 
 
 class TigerBeetle(SettingsSection):
