@@ -59,7 +59,7 @@ check: lint
 # runs the slow tests one after another (tests/conftest.py).
 test: lint
 	$(BIN)/coverage erase
-	for part in json traces; do $(BIN)/python -m betrace.service.pipeline.warmup $$part; done >/dev/null
+	for part in json relations traces; do $(BIN)/python -m betrace.service.pipeline.warmup $$part; done >/dev/null
 	NUMBA_DISABLE_JIT=1 BETRACE_EXAMPLES=$(UNCOMPILED_EXAMPLES) \
 		$(BIN)/pytest -q -m "kernel and not slow" -n $(WORKERS) --dist worksteal --cov --cov-report=
 	BETRACE_EXAMPLES=$(EXAMPLES) \

@@ -48,6 +48,7 @@ from betrace.service.traces.verdicts import decide_due
 from perf.lib.bench_caches import caches
 from perf.lib.bench_ledger import COUNTS, MISSING, ledger
 from perf.lib.engine import TENANT, compiled
+from perf.lib.quantiles import value_at
 from perf.lib.rounds import (
     ROUND_SECONDS,
     ROUNDS,
@@ -292,10 +293,7 @@ def end_to_end(rate: float, probes: int, warm_up: float) -> Json:
 def _quantiles(seconds: Sequence[float]) -> Json:
     ordered = sorted(seconds)
     at = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-    return {
-        k: round(1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1)
-        for k, q in at.items()
-    }
+    return {key: round(1000 * value_at(ordered, q), 1) for key, q in at.items()}
 
 
 def _send_probe(target: Service, number: int) -> tuple[float, float, float]:

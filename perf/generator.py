@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from perf.lib.grpc_wire import GrpcWire
+from perf.lib.quantiles import value_at
 from perf.lib.workload import Body, Shape, make_bodies
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -433,7 +434,7 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """Return quantiles in milliseconds; empty without values."""
     ordered = sorted(seconds)
     return {
-        name: round(1000 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 2)
+        name: round(1000 * value_at(ordered, q), 2)
         for name, q in {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}.items()
         if ordered
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import statistics
 import sys
 import tempfile
@@ -44,10 +43,6 @@ SECOND = 1_000_000_000
 GROUP = 40  # bodies between closings
 FLOOR = 1.5  # times the CPU of a span with rules of the old kind
 MAX_BODY = 1 << 24
-
-PICTURES = Path(
-    os.path.relpath(output.PICTURES, output.ROOT / "perf")
-).as_posix()  # from the report
 
 Json = dict[str, Any]
 
@@ -278,7 +273,7 @@ def show(values: Json) -> str:
     said += [
         output.table(head, rows),
         "",
-        f"![Share of candidates]({PICTURES}/relations-share.svg)",
+        f"![Share of candidates]({output.PICTURES_LINK}/relations-share.svg)",
     ]
     said += [
         "",
@@ -298,7 +293,9 @@ def show(values: Json) -> str:
         for p in values["trace_length"]
     ]
     said += [output.table(head, rows), ""]
-    said += [f"![{name}]({PICTURES}/relations-{name}.svg)\n" for name in ("memory", "time")]
+    said += [
+        f"![{name}]({output.PICTURES_LINK}/relations-{name}.svg)\n" for name in ("memory", "time")
+    ]
     return "\n".join(said).rstrip()
 
 
@@ -306,21 +303,22 @@ def draw(values: Json) -> None:
     """Draw the pictures."""
     output.PICTURES.mkdir(parents=True, exist_ok=True)
     shares = [
-        (100 * p["candidates"], *(p["relational_us"] / p["old_us"],) * 3)
+        (100 * p["candidates"], p["relational_us"] / p["old_us"])
         for p in values["shares"]
         if p["candidates"]
     ]
     lengths = values["trace_length"]
     judged = [p for p in lengths if not p["undecided"]]
-    memory = [(float(p["spans"]), *(p["peak_mb"],) * 3) for p in lengths]
-    times = [(float(p["spans"]), *(p["decide_ms"],) * 3) for p in judged]
+    memory = [(p["spans"], p["peak_mb"]) for p in lengths]
+    times = [(p["spans"], p["decide_ms"]) for p in judged]
     for name, title, x, y, points in (
         ("share", "CPU a span with relational rules", "% candidates", "ratio", shares),
         ("memory", "Memory to decide a candidate", "spans a trace", "MB", memory),
         ("time", "Time to decide a candidate", "spans a trace", "ms", times),
     ):
         if points:
-            picture = chart(title, x, y, [Series("20 relational rules of 100", points)])
+            line = Series("20 relational rules of 100", [(at, mid, mid, mid) for at, mid in points])
+            picture = chart(title, x, y, [line])
             (output.PICTURES / f"relations-{name}.svg").write_text(picture)
 
 

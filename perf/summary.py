@@ -17,7 +17,6 @@ from perf.report.output import shown, table
 REPORT = (
     output.OUT / "REPORT.md" if os.environ.get("PERF_OUT") else Path(__file__).parent / "REPORT.md"
 )
-PICTURES = Path(os.path.relpath(output.PICTURES, REPORT.parent)).as_posix()  # relative to it
 PATH_FLAT = 1.2
 
 Json = dict[str, Any]
@@ -67,7 +66,7 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
     picture = name.replace("_", "-")
     yield f"### {curve['title']}"
     yield ""
-    yield f"![{curve['title']}]({PICTURES}/{picture}.svg)"
+    yield f"![{curve['title']}]({output.PICTURES_LINK}/{picture}.svg)"
     yield ""
     head = [curve["unit"], "path ÷ reference", "path, µs a span"]
     folds = "fold_ratio" in points[0]
@@ -116,7 +115,7 @@ def _curve(name: str, curve: Json) -> Iterator[str]:
         yield f"What grew {grew}."
     if memory:
         yield ""
-        yield f"![Memory]({PICTURES}/{picture}-memory.svg)"
+        yield f"![Memory]({output.PICTURES_LINK}/{picture}-memory.svg)"
     yield ""
 
 
@@ -199,7 +198,9 @@ def main(given: list[str] | None = None) -> None:
         lines += [f"## {title}", "", said]
         if name == "soak" and name in runs:
             pictures = ("rate", "memory")
-            lines += [f"![Soak: {each}]({PICTURES}/soak-{each}.svg)" for each in pictures] + [""]
+            lines += [
+                f"![Soak: {each}]({output.PICTURES_LINK}/soak-{each}.svg)" for each in pictures
+            ] + [""]
         if runs.get(name, {}).get("problems"):
             lines += [f"Checks failed: {'; '.join(runs[name]['problems'])}.", ""]
     lines += _cluster(runs)

@@ -23,6 +23,7 @@ from betrace.service.storage.jetstream.fenced import FencedLog
 from betrace.service.storage.jetstream.layout import Layout
 from perf.bench import probe
 from perf.cluster.nodes import WholeCluster, by_partition, samples, whole_cluster
+from perf.lib.quantiles import value_at
 from perf.lib.target import GeneratorProcess
 from perf.report import output
 
@@ -152,10 +153,10 @@ async def _move(cluster: WholeCluster, found: Watched, number: int) -> tuple[lis
     usual: list[float] = []
     for partition, stored in found.stored.items():
         first = max(0, before[partition] - 20)
-        for number, ((one, epoch), (two, later)) in enumerate(pairwise(stored[first:]), first + 1):
+        for at, ((one, epoch), (two, later)) in enumerate(pairwise(stored[first:]), first + 1):
             if epoch == later:
                 usual.append((two - one) / 1e9)
-            elif number >= before[partition]:  # not a takeover before
+            elif at >= before[partition]:  # not a takeover before
                 pauses.append((two - one) / 1e9)
     await _join(cluster, f"after-move-{number}")
     return pauses, sorted(usual)[len(usual) // 2]
@@ -237,10 +238,7 @@ def _say(kind: str, found: Json) -> None:
 def _quantiles(seconds: list[float]) -> Json:
     ordered = sorted(seconds)
     at = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    found: Json = {
-        key: round(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 3)
-        for key, q in at.items()
-    }
+    found: Json = {key: round(value_at(ordered, q), 3) for key, q in at.items()}
     return found | {"number": len(ordered), "load_average": round(os.getloadavg()[0], 1)}
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from perf.lib.quantiles import value_at
 from perf.report import output
 
 WARM_UP, ROUNDS = 3, 5
@@ -33,16 +34,12 @@ class Rounds:
     def result(self, items: int) -> Json:
         """Return microseconds a call, and items a second."""
         ordered = sorted(self._single)
-
-        def quantile(q: float) -> float:
-            return round(1e6 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1)
-
         return {
             "items": items,
             "wall_us": output.spread([1e6 * w for w in self._wall], 1),
             "cpu_us": output.spread([1e6 * c for c in self._cpu], 1),
-            "p50_us": quantile(0.5),
-            "p99_us": quantile(0.99),
+            "p50_us": round(1e6 * value_at(ordered, 0.5), 1),
+            "p99_us": round(1e6 * value_at(ordered, 0.99), 1),
             "calls": len(ordered),
             "items_per_second": round(items / statistics.median(self._wall)),
         }

@@ -1,5 +1,5 @@
-"""A server that reads requests and does nothing with them: what the generator of an attack costs
-its machine by itself is measured beside it.
+"""A server that reads requests and does nothing with them. An attack on it shows what the generator
+of the attack costs the machine by itself.
 
 It answers each request at once, and closes the oldest connection when there are too many.
 """

@@ -18,6 +18,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 OUT = Path(os.environ.get("PERF_OUT") or ROOT / "perf" / "out")
 PICTURES = OUT if os.environ.get("PERF_OUT") else ROOT / "docs" / "perf"
+PICTURES_LINK = "." if os.environ.get("PERF_OUT") else "../docs/perf"  # from the report
 PACKAGES = ("numba", "numpy", "trio", "hypercorn", "httptools", "duckdb", "pyarrow", "isal")
 BUSY = 0.6  # load average a core, before the run, above which figures are called disturbed
 

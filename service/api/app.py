@@ -124,7 +124,7 @@ def _view(
             headers = {name.lower(): value for name, value in request.headers.items()}
             client = request.remote_addr or ""
             call = Call(tools, tenant, params, headers, body, client)
-            applied = _applied(endpoint, tools)  # what is applied meanwhile may be missing
+            applied = _applied(endpoint, tools)  # first: the answer may lack later ones
             response = _write(await endpoint.handler(call))
             response.headers.update(applied)
             return response

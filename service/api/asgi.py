@@ -145,7 +145,7 @@ class _Place:
 
     async def has_begun(self, seconds: float) -> bool:
         """Wait until the client sends something; returns False if it closes the connection, or
-        sends nothing for so long."""
+        sends nothing for ``seconds``."""
         with trio.move_on_after(seconds), suppress(OSError):
             return bool(await self.connected.recv(1, socket.MSG_PEEK))
         return False

@@ -43,7 +43,7 @@ HTML_TYPE = "text/html; charset=utf-8"
 EVENTS_TYPE = "text/event-stream"
 OPERATOR_HEADER = "x-operator"
 COMPUTING = 2
-"""Calls that compute for seconds, of all tenants."""
+"""How many calls that compute for seconds may run at once, for all tenants together."""
 APPLIED_HEADER = "BeTrace-Applied"
 """Says in answers of a query node how far each partition is applied."""
 KEEP_ALIVE = 15.0

@@ -80,8 +80,9 @@ class RuleWriter:
             except RuleConflictError:
                 self._rules.rule(tenant, rule_id)  # a missing rule is a RuleNotFoundError instead
                 raise
-            self._exchanged(tenant)
-            if all(etag(each) != etag(rule) for each in self._rules.rules(tenant)):
+            if self._exchanged(tenant) and all(
+                etag(each) != etag(rule) for each in self._rules.rules(tenant)
+            ):
                 raise _changed_elsewhere(rule_id)
         self._registry.forget(tenant)
         return rule, created
@@ -92,8 +93,9 @@ class RuleWriter:
             self._exchanged(tenant)
             self._rules.rule(tenant, rule_id)
             self._rules.delete(tenant, rule_id, if_match=if_match)
-            self._exchanged(tenant)
-            if any(rule.id == rule_id for rule in self._rules.rules(tenant)):
+            if self._exchanged(tenant) and any(
+                rule.id == rule_id for rule in self._rules.rules(tenant)
+            ):
                 raise _changed_elsewhere(rule_id)
         self._registry.forget(tenant)
 
@@ -108,10 +110,12 @@ class RuleWriter:
             self._rules.delete_tenant(tenant)
         self._registry.forget(tenant)
 
-    def _exchanged(self, tenant: str) -> None:
-        """In a cluster, make the rules here and elsewhere the same."""
-        if self._exchange is not None:
-            self._exchange(tenant)
+    def _exchanged(self, tenant: str) -> bool:
+        """In a cluster, make the rules here and elsewhere the same; returns False without one."""
+        if self._exchange is None:
+            return False
+        self._exchange(tenant)
+        return True
 
     def _must_be_new(self, tenant: str, rule_id: str) -> None:
         if self._rules.for_all_tenants(rule_id):

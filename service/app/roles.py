@@ -27,8 +27,8 @@ class RoleError(Exception):
 
 KERNELS: dict[Role, tuple[str, ...]] = {
     Role.EDGE: ("json",),
-    Role.EVALUATOR: ("traces",),
-    Role.QUERY: ("traces",),
+    Role.EVALUATOR: ("relations", "traces"),
+    Role.QUERY: ("relations", "traces"),
 }
 """The parts of :data:`betrace.service.pipeline.warmup.PARTS` that each role needs. An edge compiles
 the others that it needs itself."""

@@ -181,7 +181,7 @@ def _cluster_lines(common: RestoredConfiguration | None) -> list[str]:
         return []
     if common.same_cluster:
         return ["This is the cluster of the backup, so its rules stay as they are."]
-    lines = [f"The cluster has got {len(common.written)} keys of the old one, such as its rules."]
+    lines = [f"The cluster received {len(common.written)} keys of the old one, such as its rules."]
     if common.kept:
         lines.append(f"It keeps its own {', '.join(common.kept)}.")
     return lines

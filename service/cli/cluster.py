@@ -46,9 +46,8 @@ def init(config: Path | None, overrides: dict[str, Any], as_json: bool) -> None:
     """Create and check the streams, buckets and the object store.
 
     May be repeated: existing streams are kept, and their replicas and sizes are adjusted to the
-    configuration.
-    The number of partitions counts when the cluster is created; later, `betrace cluster resize`
-    changes it.
+    configuration. The number of partitions is only used to create the cluster; later, `betrace
+    cluster resize` changes it.
 
     \b
     Example:

@@ -17,7 +17,7 @@ from betrace.service.storage.jetstream.bucket import ConfigBucket, Entry
 from betrace.service.storage.jetstream.client import NatsClient
 from betrace.service.storage.jetstream.errors import NatsUnavailable
 from betrace.service.storage.jetstream.fenced import FencedLog
-from betrace.service.storage.jetstream.generations import Generations
+from betrace.service.storage.jetstream.generations import Generation
 from betrace.service.storage.jetstream.layout import Layout
 from betrace.service.storage.jetstream.leases import Leases
 from betrace.service.storage.jetstream.survey import ServerState, StreamState
@@ -52,14 +52,6 @@ class PartitionOverview:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationState:
-    """The partitions ``first`` to ``first + count - 1``."""
-
-    first: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class ClusterState:
     """All of it. ``problems`` has a sentence for each thing that needs attention."""
 
@@ -67,7 +59,7 @@ class ClusterState:
     nodes: list[NodeState]
     partitions: list[PartitionOverview]
     problems: list[str]
-    generations: list[GenerationState]
+    generations: list[Generation]
     """Oldest first; spans go to the last one."""
 
     def to_json(self) -> dict[str, Any]:
@@ -97,11 +89,7 @@ async def survey_cluster(client: NatsClient, settings: ClusterSettings) -> Clust
             f"the change to {generations.current.count} partitions is under way: "
             f"{len(unfinished)} former partitions are not finished"
         )
-    return ClusterState(servers, nodes, partitions, problems, _listed(generations))
-
-
-def _listed(generations: Generations) -> list[GenerationState]:
-    return [GenerationState(each.first, each.count) for each in generations]
+    return ClusterState(servers, nodes, partitions, problems, list(generations))
 
 
 async def _partitions(

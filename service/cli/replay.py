@@ -33,13 +33,9 @@ if TYPE_CHECKING:
     from betrace.service.signals import Signal
     from betrace.service.storage.duck.store import DuckStore
     from betrace.service.storage.ledger.base import Ledger
-    from betrace.service.storage.lockfile import LockFile
     from betrace.service.storage.spanlog.log import SpanLog
 
 _REPORT_SECONDS = 1.0
-_RUNS = (
-    "signals cannot be recorded while the service runs ({}); stop it, or only look with --dry-run"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +147,7 @@ def replay(
     if since is not None and since >= (until or interval.now):
         raise click.UsageError("--from must be before --to, and before now")
     with ExitStack() as stack:
-        if settings.cluster is None:
-            log = stack.enter_context(_open_log(settings, dry_run))
-        else:
-            if not dry_run:
-                stack.enter_context(_owned(settings))
-            copied = copied_log(settings.cluster, interval.since, interval.until, tenant)
-            log = stack.enter_context(copied)
+        log = _open_log(settings, dry_run, interval, tenant, stack)
         tenants = _with_rules(_tenants(log, tenant), _rules(settings, rules_path))
         run = _Run(settings, log, interval, as_json)
         if not dry_run:
@@ -168,25 +158,27 @@ def replay(
     sys.exit(FOUND if run.total.raised > run.total.retracted else 0)
 
 
-def _open_log(settings: Settings, dry_run: bool) -> SpanLog:
-    from betrace.service.storage.lockfile import LockedError
-    from betrace.service.storage.spanlog.log import SpanLog
-
-    try:
-        return SpanLog(settings.storage.path, read_only=dry_run)
-    except LockedError as error:
-        raise Failure(_RUNS.format(error)) from None
-
-
-def _owned(settings: Settings) -> LockFile:
-    """The lock of a query node's data directory."""
+def _open_log(
+    settings: Settings, dry_run: bool, interval: _Interval, tenant: str | None, stack: ExitStack
+) -> SpanLog:
+    """The span log; on a cluster, a copy of the interval. Without ``dry_run`` the data directory
+    is locked."""
     from betrace.service.storage.lockfile import LockedError, LockFile
-    from betrace.service.storage.spanlog.log import LOCK_FILE
+    from betrace.service.storage.spanlog.log import LOCK_FILE, SpanLog
 
+    path = settings.storage.path
     try:
-        return LockFile(settings.storage.path / LOCK_FILE)
+        if settings.cluster is None:
+            return stack.enter_context(SpanLog(path, read_only=dry_run))
+        if not dry_run:
+            stack.enter_context(LockFile(path / LOCK_FILE))
     except LockedError as error:
-        raise Failure(_RUNS.format(error)) from None
+        raise Failure(
+            f"signals cannot be recorded while the service runs ({error}); "
+            "stop it, or only look with --dry-run"
+        ) from None
+    copy = copied_log(settings.cluster, interval.since, interval.until, tenant)
+    return stack.enter_context(copy)
 
 
 def _tenants(log: SpanLog, wanted: str | None) -> list[str]:

@@ -33,7 +33,7 @@ _STOP = (signal.SIGTERM, signal.SIGINT)
 _RELOAD = signal.SIGHUP
 _NOTICE_SECONDS = 3.0
 SWITCH_SECONDS = 0.0005
-"""A thread that computes gives up the interpreter's lock after so long (by default 0.005). Trio's
+"""A thread that computes gives up the interpreter's lock after this long (default: 0.005). Trio's
 thread needs the lock again after each system call, several times for a request."""
 
 # A task that runs with the service: started when the service is ready, cancelled when it stops.

@@ -336,9 +336,9 @@ class Checkpoint(SettingsSection):
     """Checkpoints of open traces, so that a restart reads little of the log."""
 
     interval_seconds: Seconds = 5
-    """How often a checkpoint is written while many spans arrive."""
+    """The shortest time between two checkpoints."""
     max_interval_seconds: Seconds = 60
-    """How often a checkpoint is written while few spans arrive."""
+    """The longest time between two checkpoints."""
     log_bytes: Size = 32 * MIB
-    """If a restart would have to read more of the log than this, a checkpoint is due after
-    `interval_seconds`."""
+    """A checkpoint is written after `interval_seconds` if a restart would otherwise read more of
+    the log than this, and after `max_interval_seconds` in any case."""

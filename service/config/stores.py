@@ -38,8 +38,8 @@ class Log(SettingsSection):
     segment_bytes: Size = 128 * MIB
     """Size at which a log file is closed and a new one is begun."""
     scrub_bytes_per_second: Annotated[int, Field(ge=0, le=1 << 30)] = 2 * MIB
-    """Rate at which the log and DuckDB's files are read once a day, so that damage is found in data
-    that nobody reads. 0 for never."""
+    """The rate at which the log and DuckDB's files are read once a day, to find damage in data that
+    nobody reads. 0 turns this off."""
 
 
 class TigerBeetle(SettingsSection):

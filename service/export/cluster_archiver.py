@@ -33,10 +33,10 @@ from betrace.service.storage.jetstream.spans import SpanStreams
 from betrace.service.storage.paths import tenant_archive
 from betrace.service.storage.spanlog.log import SpanLog
 from betrace.service.storage.spanlog.segments import Segment
-from betrace.service.times import day_ns
+from betrace.service.times import SECOND, day_ns
 
-SETTLED_NS = 300 * 1_000_000_000
-"""A day is archived so long after its end: clocks of servers differ."""
+SETTLED_NS = 300 * SECOND
+"""How long after its end a day is archived, because the clocks of servers differ."""
 
 
 class ClusterArchiver:
@@ -114,7 +114,7 @@ class ClusterArchiver:
         begin = await SpanHistory(self._spans, self._partitions()).begin_ns()
         if begin is None:
             return None
-        first = datetime.fromtimestamp(begin // 1_000_000_000, UTC).date()
+        first = datetime.fromtimestamp(begin // SECOND, UTC).date()
         return ArchiveProgress(first - timedelta(days=1), {})
 
     async def _ranges(self, progress: ArchiveProgress) -> list[range]:
@@ -149,7 +149,7 @@ class ClusterArchiver:
         return tenant_archive(self._directory, tenant) / f"date={day.isoformat()}"
 
     def _forget_unfinished(self, tenant: str, day: date) -> None:
-        """Delete what a run that was interrupted has left of this day."""
+        """Delete what an interrupted run left of this day."""
         for pattern in ("cluster-*.parquet", ".cluster-*.new"):
             for path in self._day(tenant, day).glob(pattern):
                 path.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ _log = logging.getLogger("service.export")
 
 BATCH_SIGNALS = 500
 POLL_SECONDS = 30.0  # for signals without a notification, such as those written back late
-SAVE_SECONDS = 5.0  # that noting the progress may take after a cancellation
+SAVE_SECONDS = 5.0  # limit on saving the progress after a cancellation
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 
@@ -56,7 +56,7 @@ class Exporter:
       name: of the destination.
       deliver: sends signals; raises :exc:`Unavailable` or :exc:`Unacceptable`.
       queues: where the signals are.
-      progress: how far the destination is.
+      progress: of the destination.
       breaker: refuses calls while the destination fails, and limits their duration.
       threads: read the queues.
     """

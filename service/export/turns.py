@@ -1,6 +1,6 @@
-"""Whose turn it is to send, and where it is kept how far a destination is.
+"""Which process sends to a destination, and where its progress is kept.
 
-In one process it is always this one's turn, and a file has the progress. In a cluster one query
+A single process sends to all destinations and keeps their progress in files. In a cluster one query
 node at a time sends to a destination, and the progress is in a bucket that all of them read
 (:mod:`betrace.service.cluster.query.sending`).
 """
@@ -20,7 +20,7 @@ _log = logging.getLogger("service.export")
 
 
 class Progress(Protocol):
-    """How far a destination is in each queue. Raises :exc:`OSError` and
+    """The progress of a destination in each queue. Raises :exc:`OSError` and
     :exc:`~betrace.channels.TransientError`."""
 
     async def load(self) -> dict[str, int] | None:
@@ -28,22 +28,22 @@ class Progress(Protocol):
         destination."""
 
     async def save(self, done: dict[str, int]) -> None:
-        """Replace it durably."""
+        """Replace the progress durably."""
 
 
 class Turns(Protocol):
-    """Whose turn it is to send."""
+    """Decides which process sends to each destination."""
 
     async def perform(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run ``work``, which sends to the destination ``name``, while it is this process's turn;
         it may be cancelled and begin again."""
 
     def progress(self, name: str) -> Progress:
-        """How far a destination is."""
+        """The progress of a destination."""
 
 
 class Alone:
-    """One process that sends everything. ``directory`` has the files."""
+    """One process that sends everything. The progress files are in ``directory``."""
 
     def __init__(self, directory: Path, threads: ThreadRunner) -> None:
         self._directory = directory
@@ -54,19 +54,19 @@ class Alone:
         await work()
 
     def progress(self, name: str) -> Progress:
-        """The file of the destination."""
+        """The progress file of the destination."""
         return ProgressFile(self._directory / f"{name}.json", self._threads)
 
 
 class ProgressFile:
-    """A file that is replaced after each delivery."""
+    """A progress file, which is replaced after each delivery."""
 
     def __init__(self, path: Path, threads: ThreadRunner) -> None:
         self._path = path
         self._threads = threads
 
     async def load(self) -> dict[str, int] | None:
-        """What the file has; None if it is missing or damaged."""
+        """The content of the file; None if it is missing or damaged."""
         return await self._threads.run(self._read)
 
     async def save(self, done: dict[str, int]) -> None:

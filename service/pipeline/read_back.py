@@ -41,7 +41,7 @@ _log = logging.getLogger("service.read_back")
 SPANS_MAX = 50_000
 ROUND_SPANS = 20_000  # of candidates that are in memory at the same time, and at least one trace
 ROUND_TRACES = 2000
-CHUNK_FRAMES = 4
+CHUNK_FRAMES = 4  # decoded at the same time
 SPILLS_REMEMBERED = 100_000  # traces
 
 

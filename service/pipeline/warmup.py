@@ -1,7 +1,7 @@
 """Compiles the kernels before the service is ready, by running each once.
 
 The first time, parts of them are compiled in processes of their own, at the same time: numba holds
-a lock while it compiles. ``python -m betrace.service.pipeline.warmup PART`` compiles a part and
+a lock while it compiles. ``python -m betrace.service.pipeline.warmup PART ...`` compiles parts and
 prints the name of each kernel when it is compiled.
 """
 
@@ -11,7 +11,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -76,13 +76,6 @@ def _warm_up_traces() -> None:
     for _, folded in traces.fold(batch, 1):
         if folded.early is not None:
             decide(folded.early)
-    ids = [(int(batch.spans[0, TRACE_HI]), int(batch.spans[0, TRACE_LO]))]
-    part = wire.scan_bodies("warm-up", [spans_of(_sample(), wanted_traces(lo for _, lo in ids))])
-    whole = columns_of(part, ids)
-    for rule in _RELATIONAL:
-        ColumnRule(parse(rule)).run(whole)
-    for span in whole.tree(0).spans:
-        span.read(Attribute(Scope.ANY, "a"))
     for due in traces.close_due(10, 1, 1):
         decide(due)
     closed = ClosedTraces(1 << 12)
@@ -92,8 +85,26 @@ def _warm_up_traces() -> None:
     traces.fold(batch, 10**10, closed)
 
 
-PARTS: dict[str, Callable[[], None]] = {"json": json.warm_up, "traces": _warm_up_traces}
-"""``json``: what only requests with JSON need; ``traces``: everything else."""
+def _warm_up_relations() -> None:
+    batch = wire.scan_bodies("warm-up", [_sample()])
+    ids = [(int(batch.spans[0, TRACE_HI]), int(batch.spans[0, TRACE_LO]))]
+    part = wire.scan_bodies("warm-up", [spans_of(_sample(), wanted_traces(lo for _, lo in ids))])
+    whole = columns_of(part, ids)
+    for rule in _RELATIONAL:
+        ColumnRule(parse(rule)).run(whole)
+    for span in whole.tree(0).spans:
+        span.read(Attribute(Scope.ANY, "a"))
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "json": json.warm_up,
+    "relations": _warm_up_relations,
+    "traces": _warm_up_traces,
+}
+"""``json``: what only requests with JSON need; ``relations``: what only rules that relate spans
+need; ``traces``: everything else."""
+
+_PROCESSES = (("json", "relations"), ("traces",))  # each takes about as long
 
 
 class Compilation:
@@ -117,16 +128,16 @@ class Compilation:
         if several and not await threads.run(complete.exists):
             self.running = True
             async with trio.open_nursery() as nursery:
-                for part in PARTS:
-                    nursery.start_soon(self._compile_elsewhere, part)
+                for parts in _PROCESSES:
+                    nursery.start_soon(self._compile_elsewhere, parts)
         await threads.run(warm_up, self._parts, abandon_on_cancel=True)
         self.running = False
         if several:
             with suppress(OSError):  # the next start compiles again, or finds it compiled
                 await threads.run(partial(complete.touch, exist_ok=True))
 
-    async def _compile_elsewhere(self, part: str) -> None:
-        command = [sys.executable, "-P", "-m", __spec__.name, part]
+    async def _compile_elsewhere(self, parts: Sequence[str]) -> None:
+        command = [sys.executable, "-P", "-m", __spec__.name, *parts]
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(jit.cache_directory())}
         try:
             async with trio.open_nursery() as nursery:
@@ -161,4 +172,4 @@ class _PrintCompiled(event.Listener):
 if __name__ == "__main__":
     register: Any = event.register
     register("numba:compile", _PrintCompiled())
-    PARTS[sys.argv[1]]()
+    warm_up(sys.argv[1:])

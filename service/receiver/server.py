@@ -40,9 +40,8 @@ from betrace.service.receiver.transport import SocketTransport, TlsTransport, Tr
 _EXHAUSTED_PAUSE: Final = 0.5
 _SWEEP_SECONDS: Final = 1.0
 _ROOM_SECONDS: Final = 0.1  # between two attempts to make room
-# Connections that are accepted, and one in so many of all that make room, before others go on.
-_ACCEPTED_AT_ONCE: Final = 32
-_ROOM_SHARE: Final = 16
+_ACCEPTED_AT_ONCE: Final = 32  # connections accepted before other tasks run
+_ROOM_SHARE: Final = 16  # at most one in so many connections is ended at once to make room
 _DESCRIPTOR_SHARE: Final = 3  # one in so many files that the process may open
 # A request that has not arrived after this long is slow, and makes room for others.
 _SLOW_SECONDS: Final = 1.0
@@ -232,20 +231,19 @@ class _Server:
         """End the connections whose loss costs least, so that a client with many open connections
         does not keep others out: those whose requests arrive slowly, or else an idle one, first
         those without any request so far. The client with most of them goes first, and of its
-        connections those that are so longest. Slow ones are ended together, because finding them
-        takes longer than accepting a connection."""
+        connections those that have been slow or idle longest. Slow ones are ended together, because
+        finding them takes longer than accepting a connection."""
         now = trio.current_time()
         arriving = [each for each in self._connections if each.slow_since < math.inf]
         slow = [each for each in arriving if each.slow_since <= now - _SLOW_SECONDS]
         if not slow and len(arriving) > self._most // 2:
             slow = [each for each in arriving if each.slow_since <= now - _SLOW_SECONDS / 5]
         if slow:
-            ((peer, count),) = Counter(each.peer for each in slow).most_common(1)
-            most = min(max(1, self._most // _ROOM_SHARE), count)
+            ((peer, _),) = Counter(each.peer for each in slow).most_common(1)
             of_peer = sorted(
                 (each for each in slow if each.peer == peer), key=lambda each: each.slow_since
             )
-            for each in of_peer[:most]:
+            for each in of_peer[: max(1, self._most // _ROOM_SHARE)]:
                 self._leaving.add(each)
                 each.abandon()
             return

@@ -228,7 +228,7 @@ def _own(attribute: Attribute, op: str, right: tuple[Expression, ...], above: bo
 
 
 def literal(node: Expression) -> Literal | None:
-    """The constant of a relational rule as the fold's rules have it; None for anything else."""
+    """A constant of a relational rule as a literal of the fold's rules; None for anything else."""
     if not isinstance(node, Constant):
         return None
     if isinstance(node.value, str):

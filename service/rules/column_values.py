@@ -55,7 +55,8 @@ class Programs:
     def of(
         self, node: Comparison | Given, predicate: Callable[[], Compare | Truthy | None]
     ) -> tuple[int, Compare | Truthy] | None:
-        """The program of the predicate that says the same as a node, and it; None without one."""
+        """The program of the predicate that is equivalent to a node, and the predicate; None if
+        there is no such predicate."""
         if id(node) not in self._known:
             found = predicate()
             self._known[id(node)] = (self._builder.add(found), found) if found else None
@@ -90,9 +91,9 @@ class Items:
 
 
 class ColumnComparisons:
-    """Of one rule on some traces. ``spans`` are spans of the traces, None stands for the items;
-    ``counted`` and ``aggregate`` evaluate those nodes. Traces of which a result is not known are
-    marked in ``unsure``. Methods raise :exc:`UnsupportedError`."""
+    """Evaluates values and comparisons of one rule on some traces. ``spans`` are spans of the
+    traces, None stands for the items; ``counted`` and ``aggregate`` evaluate those nodes. Traces
+    whose result is not known are marked in ``unsure``. Methods raise :exc:`UnsupportedError`."""
 
     def __init__(
         self,
@@ -135,22 +136,16 @@ class ColumnComparisons:
         )
 
     def _compare(self, left: Value, op: str, right: Sequence[Value], trace: int) -> bool:
-        match op:
-            case "in":
-                return any(exact.compare(left, "==", each) for each in right)
-            case "matches":
-                try:
-                    return exact.matches(left, str(right[0]))
-                except UnknownError:
-                    self._unsure[trace] = True
-                    return False
-            case "contains":
-                return exact.contains(left, right[0])
-            case _:
-                return exact.compare(left, op, right[0])
+        if op == "in":
+            return any(exact.compare(left, "==", each) for each in right)
+        try:
+            return exact.holds(left, op, right[0])
+        except UnknownError:
+            self._unsure[trace] = True
+            return False
 
     def _with_literals(self, node: Comparison | Given, ref: Expression) -> Compare | Truthy | None:
-        """The predicate for the kernel that says the same of the span that ``ref`` refers to."""
+        """The equivalent predicate, for the kernel, of the span that ``ref`` refers to."""
         if not isinstance(ref, Ref) or not is_folded(ref.attribute) or not self._is_span(ref):
             return None
         if isinstance(node, Given):

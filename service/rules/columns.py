@@ -39,7 +39,7 @@ from betrace.service.rules.trace_tree import TraceSpan, TraceTree, span_message
 TraceId = tuple[int, int]
 """The halves of a trace id, as rows contain them."""
 
-_FOREVER = 2**62  # nanoseconds
+_LONGEST = 2**62  # nanoseconds
 _NAMED_FIELDS = {"kind": (KIND, KINDS), "status": (STATUS, STATUSES)}
 
 
@@ -71,11 +71,11 @@ class SpanColumns(NamedTuple):
     id: Rows
     parent_id: Rows
     below: Rows  # 1 if it has a parent id
-    parent: Rows  # number of its parent, -1 if there is none in the trace
+    parent: Rows  # number of its parent, -1 if the trace does not have it
 
 
 class TraceColumns:
-    """Several traces of a tenant, each span once: of copies the first counts."""
+    """Several traces of a tenant, each span once: of several copies, the first counts."""
 
     def __init__(self, batch: SpanBatch, names: Names, spans: Rows, traces: int) -> None:
         self.batch = batch
@@ -141,7 +141,7 @@ class TraceColumns:
 
     @cached_property
     def odd(self) -> Flags:
-        """The traces with a parent id that is not 8 bytes long: who their siblings are is not known
+        """The traces with a parent id that is not 8 bytes long. Their siblings are not known
         here."""
         found = np.zeros(self.traces, bool)
         found[self.spans.of[(self.spans.below != 0) & (self.spans.parent_id == 0)]] = True
@@ -214,7 +214,7 @@ class TraceColumns:
             case _:
                 search = next_starts if kind == "followed_by" else previous_starts
                 search(self.spans.of, self.spans.start, chosen, out)
-                limit = int(min(within, _FOREVER))
+                limit = int(min(within, _LONGEST))
                 found = (out >= 0) & (np.abs(out - self.spans.start) <= limit)
                 out = found.astype(np.int64)
         return out

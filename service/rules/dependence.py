@@ -21,7 +21,7 @@ from betrace.service.rules.syntax import (
 
 
 class Dependence:
-    """Knows it of the nodes of one rule, whose bound word is ``word``. Nodes are known by identity:
+    """Tells for the nodes of one rule, whose bound word is ``word``. Nodes are known by identity:
     they live as long as the rule. ``known`` is filled here and may be kept with the rule."""
 
     def __init__(self, word: str | None, known: dict[int, bool]) -> None:

@@ -7,7 +7,7 @@ needs relations of its own. The number of steps is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from betrace.service.rules import exact
 from betrace.service.rules.exact import UnknownError, Value
@@ -99,7 +99,11 @@ class Evaluation:
             case Not(item):
                 return not self._satisfies(item, span, part)
             case Comparison(left, op, right):
-                return self._compares(self.value(left, span, part), op, right, span, part)
+                value = self.value(left, span, part)
+                if op == "in":
+                    others = (self.value(each, span, part) for each in right)
+                    return any(exact.compare(value, "==", other) for other in others)
+                return exact.holds(value, op, self.value(right[0], span, part))
             case Given(ref, truthy):
                 value = self.value(ref, span, part)
                 return exact.truthy(value) if truthy else value is not None
@@ -111,23 +115,6 @@ class Evaluation:
                 return self._parts(node, span, most=1) > 0
             case _:
                 raise TypeError(f"not a predicate: {node!r}")
-
-    def _compares(
-        self,
-        left: Value,
-        op: str,
-        right: Sequence[Expression],
-        span: TraceSpan | None,
-        part: SpanPart | None,
-    ) -> bool:
-        if op == "in":
-            return any(exact.compare(left, "==", self.value(each, span, part)) for each in right)
-        value = self.value(right[0], span, part)
-        if op == "matches":
-            return exact.matches(left, str(value))
-        if op == "contains":
-            return exact.contains(left, value)
-        return exact.compare(left, op, value)
 
     def _parts(self, node: Part, span: TraceSpan, most: float = FOREVER) -> int:
         """The number of events or links that satisfy a predicate, counted up to ``most``."""

@@ -128,6 +128,16 @@ def matches(value: Value, pattern: str) -> bool:
     return verdict
 
 
+def holds(left: Value, op: str, right: Value) -> bool:
+    """Whether a comparison with one value holds. Raises :exc:`UnknownError` if a text is too
+    long."""
+    if op == "matches":
+        return matches(left, str(right))
+    if op == "contains":
+        return contains(left, right)
+    return compare(left, op, right)
+
+
 def truthy(value: Value) -> bool:
     """Whether a value stands for true: true, the text ``true``, or a number other than 0."""
     if isinstance(value, str):

@@ -32,9 +32,7 @@ from betrace.service.rules.syntax import (
 )
 
 _MOST = 2**62
-
-
-MOST_ALTERNATIVES = 8
+_MOST_ALTERNATIVES = 8
 
 
 class Least(NamedTuple):
@@ -45,7 +43,7 @@ class Least(NamedTuple):
 
 
 Alternatives = tuple[Least, ...]
-"""A trace must have what one of them says; it cannot break the rule if there is none."""
+"""A trace must have what one of them says. Without alternatives, no trace can break the rule."""
 
 _ANY: Alternatives = (Least(),)
 
@@ -83,7 +81,7 @@ def _simple(alternatives: Iterable[Least]) -> Alternatives:
     for each in sorted(set(alternatives)):
         if not any(other.duration <= each.duration for other in found):  # others need fewer spans
             found.append(each)
-    if len(found) > MOST_ALTERNATIVES:
+    if len(found) > _MOST_ALTERNATIVES:
         return (Least(found[0].spans, found[-1].duration),)
     return tuple(found)
 

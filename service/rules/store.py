@@ -210,12 +210,13 @@ class RuleStore:
             self._scan()
 
     def _name(self, path: Path, tenant: str) -> str:
+        """The path of a file, relative to its directory."""
         return path.name if tenant == ALL_TENANTS else path.relative_to(self._directory).as_posix()
 
     def _path_of(self, tenant: str, name: str) -> Path:
         """The inverse of :meth:`_name`."""
         folder, _, file = name.rpartition("/")
-        if file.startswith(".") or not file.endswith((".yaml", ".yml")) or "\\" in file:
+        if not _is_rule_name(file) or "\\" in file:
             raise ValueError(f"{name!r} is not the path of a rule file")
         if tenant == ALL_TENANTS:
             if folder or self._shared_directory is None:
@@ -237,12 +238,11 @@ class RuleStore:
         :exc:`RuleNotFoundError`."""
         shared = self._origins.get((ALL_TENANTS, rule_id))
         if shared is not None:
-            return shared.name, False
+            return self._name(shared, ALL_TENANTS), False
         origin = self._origins.get((tenant, rule_id))
         if origin is None:
             raise RuleNotFoundError(f"there is no rule '{rule_id}'")
-        editable = self._may_change(origin, tenant, rule_id)
-        return origin.relative_to(self._directory).as_posix(), editable
+        return self._name(origin, tenant), self._may_change(origin, tenant, rule_id)
 
     def put(self, tenant: str, rule_id: str, rule: Rule, *, if_match: str | None = None) -> bool:
         """Save a rule durably; returns whether it is new. The last 20 earlier versions are kept.
@@ -549,8 +549,12 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
+def _is_rule_name(name: str) -> bool:
+    return not name.startswith(".") and name.endswith((".yaml", ".yml"))
+
+
 def _is_rule_file(entry: os.DirEntry[str]) -> bool:
-    if entry.name[0] == "." or not entry.name.endswith((".yaml", ".yml")):
+    if not _is_rule_name(entry.name):
         return False
     # Reading a pipe would block; reading a broken link reports the error.
     return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())

@@ -65,7 +65,7 @@ class SavedAlerts(Protocol):
         """Those of a queue's signals that the alerts do not contain yet."""
 
     def shown(self, tenant: str) -> dict[AlertKey, bytes] | None:
-        """The alerts to be shown, if this process only shows them. Does not block."""
+        """The alerts to show; None if this process follows them itself. Does not block."""
 
 
 class AlertStore:

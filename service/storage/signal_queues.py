@@ -1,7 +1,8 @@
 """Queues of signals, from which exports and alerts read at their own pace.
 
-A queue is durable and ordered, and never shrinks. Whoever reads one keeps a number: how far it is.
-In one process each tenant's ledger is a queue; in a cluster each partition's ``OUT`` stream is one.
+A queue is durable and ordered, and never shrinks. A reader keeps the number of the last entry that
+it has read. In one process each tenant's ledger is a queue; in a cluster each partition's ``OUT``
+stream is one.
 """
 
 from __future__ import annotations

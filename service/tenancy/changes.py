@@ -44,7 +44,7 @@ class TenantChanges(Protocol):
     """What makes changes: the local directory, or the configuration bucket of a cluster."""
 
     async def change(self, name: str, change: Change) -> Tenant:
-        """Change a tenant, and return it once this process uses it as it now is. Raises what
+        """Change a tenant, and return it once this process uses its new state. Raises what
         ``change`` raises, and what the directory or the bucket raises."""
 
     async def delete(self, name: str) -> trio.Event:

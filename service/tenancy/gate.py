@@ -118,7 +118,7 @@ class Gate:
         self.closed.discard(tenant)
 
     def follow(self, tenant: Tenant) -> None:
-        """Use a tenant as it now is in the directory."""
+        """Use the new state of a tenant, which the directory already has."""
         name, active = tenant.name, tenant.state is TenantState.ACTIVE
         self.quotas.set(name, tenant.quota if active else None)
         if self.tenant_limit is not None:

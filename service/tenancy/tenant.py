@@ -34,7 +34,7 @@ class Tenant:
     configuration.
 
     On a cluster, ``revision`` is that of its entry in the configuration bucket, and ``generation``
-    that of its last deletion; they are 0 otherwise, or as long as there was none."""
+    that of its last deletion. Each is 0 if there is none, and always in one process."""
 
     name: str
     state: TenantState

@@ -59,7 +59,7 @@ def write_filter(path: Path, saved: SavedFilter) -> None:
 
 
 def read_filter(path: Path, words: int) -> SavedFilter | None:
-    """The filter in a file; None if there is none of this size, or if it is damaged."""
+    """The filter in a file; None if the file is missing or damaged, or has another size."""
     try:
         data = path.read_bytes()
     except OSError:

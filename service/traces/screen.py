@@ -36,14 +36,14 @@ class Screen:
         wanted: Mapping[int, Sequence[int]],
         until: float,
     ) -> set[tuple[int, int]]:
-        """The pairs (trace, rule) of which the trace certainly keeps the rule. ``wanted`` has the
+        """The pairs (trace, rule) in which the trace certainly keeps the rule. ``wanted`` has the
         rules by trace. Of open traces, the early rules are judged. No rule is begun after the time
         ``until`` of :func:`time.monotonic`."""
-        whole = [(k, found) for k, found in read if isinstance(found, WholeTrace)]
         by_rule: dict[int, list[tuple[int, WholeTrace]]] = {}
-        for k, found in whole:
-            for number in wanted.get(k, ()):
-                by_rule.setdefault(number, []).append((k, found))
+        for k, found in read:
+            if isinstance(found, WholeTrace):
+                for number in wanted.get(k, ()):
+                    by_rule.setdefault(number, []).append((k, found))
         kept: set[tuple[int, int]] = set()
         for number, candidates in by_rule.items():
             columns = candidates[0][1].columns

@@ -53,7 +53,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
         patch.setattr(output, "OUT", out)
         patch.setattr(output, "PICTURES", out)
         patch.setattr(summary, "REPORT", out / "REPORT.md")
-        patch.setattr(summary, "PICTURES", ".")
+        patch.setattr(output, "PICTURES_LINK", ".")
         for module in (rounds, bench):
             patch.setattr(module, "WARM_UP", 1)
             patch.setattr(module, "ROUNDS", 2)

@@ -127,7 +127,7 @@ class Outages:
                 return found > before
 
             await self._until(more, f"{other.name} got no new signals")
-        self._say(f"{other.name} has stored {found - before} more signals meanwhile")
+        self._say(f"{other.name} has stored {found - before} more signals since")
         await victim.start()
         await self._repaired(victim.name)
 

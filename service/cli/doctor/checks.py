@@ -32,8 +32,7 @@ _CHECKS: tuple[tuple[str, Callable[[Settings], Iterator[Finding]]], ...] = (
     ("waiting", stores.waiting),
     ("cluster", cluster.cluster),
 )
-
-
+# Those that can read everything, however long it takes.
 _THOROUGH: dict[str, Callable[[Settings, bool], Iterator[Finding]]] = {
     "span log": stores.span_log,
     "DuckDB": stores.duckdb_files,

@@ -273,11 +273,14 @@ def _duckdb_blocks(data: Path, tenants: list[str]) -> Iterator[Finding]:
     bad = blocks = 0
     for tenant in tenants:
         path = tenant_directory(data, tenant) / FILE
-        wrong = [at for at, _, right in checked_blocks(path) if not right]
+        wrong = []
+        for offset, _, right in checked_blocks(path):
+            blocks += 1
+            if not right:
+                wrong.append(offset)
         if wrong:
             time.sleep(_AGAIN_SECONDS)
             wrong = [at for at, _, right in checked_blocks(path) if not right and at in wrong]
-        blocks += sum(1 for _ in checked_blocks(path))
         if wrong:
             bad += 1
             text = (

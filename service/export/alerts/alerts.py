@@ -293,7 +293,7 @@ class Alerts:
                 each.sent = {key: at for key, at in each.sent.items() if key in kept}
 
     def _save(self) -> None:
-        """Save what changed. Blocks, without keeping those waiting who only read the alerts."""
+        """Save what changed. Blocks, but does not delay callers that only read the alerts."""
         with self._saving:
             with self._lock:
                 changed, unsaved = self.book.take_changes(), self._unsaved

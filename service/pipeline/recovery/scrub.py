@@ -153,7 +153,7 @@ class Scrub:
             pass
         except OSError as error:
             _log.warning("segment %d of %s cannot be read: %s", segment.number, tenant, error)
-        yield max(read, 1)
+        yield max(read, 1)  # 0 would end the pass
 
     def _read_file(self, tenant: str) -> Iterator[int]:
         """Check the blocks of a tenant's DuckDB file. One that is wrong twice is reported."""
@@ -178,7 +178,7 @@ class Scrub:
             pass
         except OSError as error:
             _log.warning("%s cannot be read: %s", path, error)
-        yield max(read, 1)
+        yield max(read, 1)  # 0 would end the pass
 
 
 def _drop_from_memory(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Requests that take long to decode: a few kilobytes may become 20 MiB, or 100 000 spans.
 
-They pass by the channel of span-ingestion and are handled one at a time in a thread of their own,
-so that no other request waits for them. Tenants have turns by CPU time (deficit round robin:
-Shreedhar and Varghese, 1995): who used more than its turn waits until the others had as much.
+They bypass the channel of span-ingestion and are handled one at a time in a thread of their own, so
+that no other request waits for them. Tenants take turns by CPU time (deficit round robin: Shreedhar
+and Varghese, 1995): a tenant that used more than its turn waits until the others have used as much.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _log = logging.getLogger("service.pipeline")
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """The waiting requests of a tenant, and the CPU seconds that it may use (negative: must wait
-    for)."""
+    """The waiting requests of a tenant, in the order of their arrival."""
 
     requests: deque[Request] = field(default_factory=deque)
     credit: float = 0.0
+    """CPU seconds that the tenant may use in its turn; negative if it used too much."""
 
 
 class HeavyRequests:
@@ -48,7 +48,6 @@ class HeavyRequests:
         self._lines: dict[str, _Line] = {}
         self._turns: deque[str] = deque()
         self._added = trio.Event()
-        self._busy = False
         self._closed = False
         self.handled = 0
         """Requests since the start."""
@@ -97,9 +96,8 @@ class HeavyRequests:
         tenant = self._turns.popleft()
         line = self._lines[tenant]
         self._turns.append(tenant)
-        # A tenant alone owes nobody anything.
-        line.credit = TURN_SECONDS if len(self._lines) == 1 else line.credit + TURN_SECONDS
-        line.credit = min(line.credit, TURN_SECONDS)
+        alone = len(self._lines) == 1  # then it owes nobody anything
+        line.credit = TURN_SECONDS if alone else min(line.credit + TURN_SECONDS, TURN_SECONDS)
         while line.requests and line.credit > 0:
             started = time.perf_counter()
             request = line.requests[0]

@@ -117,15 +117,14 @@ class IngestStage:
 
     async def _handle_heavy(self, request: Request) -> float:
         """Handle a request that takes long; returns the CPU seconds."""
-        requests, used = [request], 0.0
+        requests = [request]
 
         def ingest() -> tuple[list[SpanBatch], list[Outcome]]:
-            nonlocal used
             started = time.thread_time()
             try:
                 return self._ingest(requests)
             finally:
-                used = request.seconds = time.thread_time() - started
+                request.seconds = time.thread_time() - started
 
         try:
             batches, outcomes = await self._heavy_threads.run(ingest)
@@ -137,11 +136,11 @@ class IngestStage:
         request.release()
         for batch in batches:
             await self._pass_on(batch)
-        return used
+        return request.seconds
 
     async def _pass_on(self, batch: SpanBatch) -> None:
-        """Pass on a batch of many spans. It does not stand in the way of others that would fit into
-        the channel."""
+        """Pass on a batch of many spans. It does not block smaller batches that would fit into the
+        channel."""
         if len(batch) > QUICK_SPANS:
             await self.pass_on_many(batch)
             return

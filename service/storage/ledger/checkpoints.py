@@ -20,7 +20,7 @@ PAGES = 4000
 """Pages written to the log, as estimated, after which they are moved."""
 MOST_PAGES = 16_000
 """Pages of 4 KiB in the log after which a commit moves them itself: without a pause between
-commits, the log never begins anew otherwise."""
+commits, the log would otherwise grow without end."""
 _PAGES_OF_A_COMMIT = 4
 
 

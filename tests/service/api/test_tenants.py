@@ -3,20 +3,15 @@
 import json
 
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from betrace.service.tenancy.directory import DirectoryError
-from betrace.service.tenancy.tokens import key_id
+from betrace.service.tenancy.tokens import key_id, public_pem
 from tests.support.api_client import ApiClient
 from tests.support.inprocess import running, settings
 from tests.support.tenant_keys import new_key, raw
 
 T = "/api/admin/tenants"
 FIRST, SECOND = new_key(), new_key()
-
-
-def pem(key):
-    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 async def test_tenants_in_pages(client):
@@ -33,7 +28,7 @@ async def test_tenants_in_pages(client):
 async def test_a_tenants_life(tmp_path):
     async with running(settings(tmp_path)) as service:
         client = ApiClient(service)
-        body = {"tenant": "acme", "quota": 5, "publicKey": pem(FIRST)}
+        body = {"tenant": "acme", "quota": 5, "publicKey": public_pem(FIRST)}
         made = await client.post(T, 201, body)
         assert (made["state"], made["quota"]) == ("active", 5)
         assert [key["kid"] for key in made["keys"]] == [key_id(raw(FIRST))]
@@ -41,7 +36,7 @@ async def test_a_tenants_life(tmp_path):
             "quota"
         ] == 0
         assert (await client.ask("PUT", f"{T}/acme/quota", 200, {}))["quota"] is None
-        changed = await client.post(f"{T}/acme/keys", 201, {"publicKey": pem(SECOND)})
+        changed = await client.post(f"{T}/acme/keys", 201, {"publicKey": public_pem(SECOND)})
         expires = {key["kid"]: key["expiresAt"] for key in changed["keys"]}
         assert expires[key_id(raw(FIRST))] is not None
         assert expires[key_id(raw(SECOND))] is None
@@ -101,7 +96,7 @@ async def test_missing_and_conflicting_tenants(client):
     for method, path, body in (
         ("DELETE", f"{T}/other", None),
         ("PUT", f"{T}/other/quota", {}),
-        ("POST", f"{T}/other/keys", {"publicKey": pem(FIRST)}),
+        ("POST", f"{T}/other/keys", {"publicKey": public_pem(FIRST)}),
         ("DELETE", f"{T}/acme/keys/{'k' * 43}", None),
     ):
         await client.ask(method, path, 404, body)

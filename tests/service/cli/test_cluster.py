@@ -14,6 +14,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from betrace.service.cli.common import with_client
 from betrace.service.cli.demo.ports import free_port
 from betrace.service.cli.doctor.checks import diagnose
 from betrace.service.cli.doctor.cluster import server_finding, stream_findings
@@ -120,17 +121,14 @@ def test_resize_asks_and_shows_the_progress(environment: dict[str, str]) -> None
     assert [each["partition"] for each in found["partitions"]] == list(range(6))
     assert any("change to 4 partitions is under way" in each for each in found["problems"])
 
-    async def finish() -> None:
-        settings = of_cluster(environment)
-        client = await NatsClient.connect(settings, "test")
-        try:
-            config = ConfigBucket(client, Layout.of(settings).config_bucket)
-            for partition in range(2):
-                await config.put(finished_key(partition), Finished(1, 1).to_json())
-        finally:
-            await client.close()
+    settings = of_cluster(environment)
 
-    trio.run(finish)
+    async def finish(client: NatsClient) -> None:
+        config = ConfigBucket(client, Layout.of(settings).config_bucket)
+        for partition in range(2):
+            await config.put(finished_key(partition), Finished(1, 1).to_json())
+
+    with_client(settings, finish)
     done = run(environment, "resize", "--partitions", "4")
     assert done.exit_code == 0, done.output
     assert "2 of 2 former partitions are finished" in done.stdout

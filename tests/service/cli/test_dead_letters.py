@@ -75,7 +75,7 @@ class Service:
                 return 200, {**self.letters[int(number)], "payload": {"traces": ["ab"]}}
             case [number, _] if int(number) in self.letters:
                 return 200, {}
-        return 404, {"error": {"message": "there is none", "hint": ""}}
+        return 404, {"error": {"message": "there is no such dead letter", "hint": ""}}
 
 
 @pytest.fixture

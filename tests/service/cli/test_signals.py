@@ -46,7 +46,7 @@ class Service:
                     lines = "".join(f"event: signal\ndata: {json.dumps(e)}\n\n" for e in events)
                     return self._send(200, f": still here\n\n{lines}".encode())
                 found = service.find(url.path, query)
-                body = found or {"error": {"message": "there is none", "hint": ""}}
+                body = found or {"error": {"message": "there is no such signal", "hint": ""}}
                 return self._send(200 if found else 404, json.dumps(body).encode())
 
             def do_PUT(self) -> None:

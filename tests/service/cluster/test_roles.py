@@ -45,7 +45,7 @@ def test_roles_and_the_section_cluster_belong_together(text, clustered, message)
 
 def test_all_roles_together_need_all_kernels():
     assert set(kernels_of(list(Role))) == set(PARTS)
-    assert kernels_of([Role.EVALUATOR, Role.QUERY]) == ("traces",)
+    assert kernels_of([Role.EVALUATOR, Role.QUERY]) == ("relations", "traces")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How rules are decided, as people are told."""
+"""How rules are decided, and the sentences about it."""
 
 from __future__ import annotations
 

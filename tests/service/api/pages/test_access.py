@@ -7,12 +7,11 @@ import time
 from contextlib import asynccontextmanager
 
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from betrace.service.api.audit import Operator
 from betrace.service.api.pages.forms import local
 from betrace.service.api.pages.sessions import MOST_SESSIONS, SESSION_SECONDS, Sessions
-from betrace.service.tenancy.tokens import key_id, make_token
+from betrace.service.tenancy.tokens import key_id, make_token, public_pem
 from tests.service.api.pages.conftest import Browser, browsing, signal_id
 from tests.support.inprocess import closed, put_rule, send
 from tests.support.spans import S
@@ -25,11 +24,6 @@ RULE = {"condition": "never { bypass }", "severity": "high", "name": "acmes-secr
 TRACE = bytes([7] * 16)
 
 
-def pem(key):
-    public = key.public_key()
-    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-
-
 def token(tenant="acme", seconds=600):
     return make_token(KEYS[tenant], tenant, time.time(), seconds)
 
@@ -40,7 +34,7 @@ async def tenants(tmp_path):
     async with browsing(tmp_path, "rules: []\n", auth=AUTH) as browser:
         service = browser.service
         for tenant, key in KEYS.items():
-            await service.tenants.create(ME, tenant, None, pem(key))
+            await service.tenants.create(ME, tenant, None, public_pem(key))
         await put_rule(service, "acme", "mine", RULE)
         await send(service, [S(1, "bypass", TRACE)], "acme")
         await closed(service)

@@ -88,7 +88,7 @@ async def test_two_nodes_record_each_signal_once(tmp_path, cluster):
         await second.applied(b)
         for service in (a, b):
             is_exact(service, cluster, signals)
-            # What the other node recorded first is still new to this one.
+            # A signal that the other node recorded first is still new to this one.
             assert service.pipeline.record.counts.new == len(signals)
     assert len({number for name, number in cluster.requests if name == "create_transfers"}) >= 1
     assert len(cluster.accounts) == 4

@@ -55,11 +55,10 @@ async def filled(tmp_path: Path) -> tuple[Settings, list[Signal], set[tuple[str,
         return config, ledger_signals(service), active_signals(service)
 
 
-def lose(config: Settings) -> Path:
+def lose(config: Settings) -> None:
     path = config.storage.path / "ledger.sqlite"
     for name in ("-wal", "-shm", ""):
         path.with_name(path.name + name).unlink(missing_ok=True)
-    return path
 
 
 def rebuild(config: Settings, *more: str) -> Any:

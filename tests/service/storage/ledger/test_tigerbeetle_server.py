@@ -88,7 +88,7 @@ class TestConformance(LedgerConformance):
 
 
 def test_packed_transfers_are_those_of_the_client(server) -> None:
-    """Whoever sends a signal again, packed or as an object of the client, sends what is there."""
+    """A signal sent again, packed or as an object of the client, is the transfer already there."""
     client = PackedClient(CLUSTER, server.address)
     first = secrets.randbits(100)
     signals = [make(first), make(first + 1, kind=Kind.RETRACTED), make(first + 2, "r2", "größer")]
