@@ -12,8 +12,12 @@ UNCOMPILED_EXAMPLES ?= 10
 
 # Processes that run tests. More than two do not pay on two cores.
 WORKERS ?= 2
-# More processes than cores, because many tests wait.
+# More processes than cores, because many tests wait; those of the cluster most of all.
 CHECK_WORKERS ?= 6
+CLUSTER_WORKERS ?= 4
+
+# A test that hangs fails after 300 s, and the stacks of all threads are printed before.
+PYTEST := $(BIN)/pytest --timeout 300 -o faulthandler_timeout=240
 
 # Write bytecode even if the environment forbids it. Otherwise every test process compiles and
 # rewrites all modules again, which takes about half of its start.
@@ -52,18 +56,20 @@ format: setup
 # For every change: lint, types, and all tests that are not slow, with compiled kernels.
 check: lint
 	BETRACE_EXAMPLES=$(CHECK_EXAMPLES) \
-		$(BIN)/pytest -q -m "not slow" -n $(CHECK_WORKERS) --dist worksteal
+		$(PYTEST) -q -m "not slow" -n $(CHECK_WORKERS) --dist worksteal
 
 # Everything. First the kernels are compiled, so that this takes no test's time. Then they run as
-# ordinary Python, for their coverage; then all tests run with compiled kernels. One of the processes
-# runs the slow tests one after another (tests/conftest.py).
+# ordinary Python, for their coverage. Then the tests of the cluster run, and then all others. One of
+# the processes runs the slow ones of these one after another (tests/conftest.py).
 test: lint
 	$(BIN)/coverage erase
 	for part in json relations traces; do $(BIN)/python -m betrace.service.pipeline.warmup $$part; done >/dev/null
 	NUMBA_DISABLE_JIT=1 BETRACE_EXAMPLES=$(UNCOMPILED_EXAMPLES) \
-		$(BIN)/pytest -q -m "kernel and not slow" -n $(WORKERS) --dist worksteal --cov --cov-report=
+		$(PYTEST) -q -m "kernel and not slow" -n $(WORKERS) --dist worksteal --cov --cov-report=
 	BETRACE_EXAMPLES=$(EXAMPLES) \
-		$(BIN)/pytest -n $(WORKERS) --dist loadgroup --cov --cov-append --cov-fail-under=90
+		$(PYTEST) -q -m cluster -n $(CLUSTER_WORKERS) --dist worksteal --cov --cov-append --cov-report=
+	BETRACE_EXAMPLES=$(EXAMPLES) \
+		$(PYTEST) -m "not cluster" -n $(WORKERS) --dist loadgroup --cov --cov-append --cov-fail-under=90
 
 # What a release consists of: the source distribution, the wheel built from it, and that wheel in a
 # fresh environment.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import trio
@@ -80,8 +81,20 @@ settings.load_profile("betrace")
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slow tests into one group. With ``--dist loadgroup`` they run one after another in
-    the same process, because they start processes and measure time."""
+    """Mark the tests of the cluster, and put the other slow tests into one group. With ``--dist
+    loadgroup`` these run one after another in the same process, because they start processes and
+    measure time. The tests of the cluster mostly wait, and run side by side."""
     for item in items:
-        if item.get_closest_marker("slow"):
+        if _is_of_the_cluster(item):
+            item.add_marker(pytest.mark.cluster)
+        elif item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.xdist_group("slow"))
+
+
+def _is_of_the_cluster(item: pytest.Item) -> bool:
+    """Whether a test is about the cluster, by its path, or runs a service as one."""
+    path = item.path.relative_to(Path(__file__).parent).as_posix()
+    if "cluster" in path or "jetstream" in path:
+        return True
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("place") == CLUSTER

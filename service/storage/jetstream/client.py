@@ -55,6 +55,8 @@ class NatsClient:
         self._due: list[Callable[[], object]] = []  # to be called in the client's thread
         # To be called in Trio's thread; several threads may run Trio.
         self._results: dict[trio.lowlevel.TrioToken, list[Callable[[], None]]] = {}
+        # The loop refers to its tasks weakly, so without this one that waits may be collected.
+        self._calls: set[_Call] = set()
         self.reconnects = 0
         self._thread = threading.Thread(target=self._run, name=f"nats {name}", daemon=True)
 
@@ -330,6 +332,7 @@ class _Call:
             return
         loop = self._client._loop
         self._task = loop.create_task(self._make(nats))
+        self._client._calls.add(self)
         if self._seconds is not None:
             self._timer = loop.call_later(self._seconds, self._expire)
         self._task.add_done_callback(self._done)
@@ -343,6 +346,7 @@ class _Call:
         self.cancel()
 
     def _done(self, task: asyncio.Task[Any]) -> None:
+        self._client._calls.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         if task.cancelled():
