@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -146,6 +147,27 @@ def test_a_trial_says_that_it_skipped_the_trace():
     assert trial.missing_parents == 2
     assert skips.to_json()["skipped"] == skips.skipped
     assert "skipped" not in judges.to_json()
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=6), max_size=4))
+def test_a_trial_counts_each_missing_parent_once(bodies):
+    trial = Trial(compile_rules([]))
+    for spans in bodies:
+        trial.add(body(*(S(span, "a", parent=parent) for span, parent in spans)))
+    ids = {span for spans in bodies for span, _ in spans}
+    parents = {parent for spans in bodies for _, parent in spans if parent}
+    assert trial.missing_parents == len(parents - ids)
+
+
+def test_counting_missing_parents_does_not_keep_the_interpreters_lock(monkeypatch):
+    def keeps_the_lock(*_: Any, **__: Any) -> None:
+        raise AssertionError("all threads wait while NumPy hashes the values of a long trace")
+
+    for name in ("unique", "setdiff1d", "isin", "intersect1d", "union1d"):
+        monkeypatch.setattr(np, name, keeps_the_lock)
+    trial = Trial(compile_rules([]), trace_id="01" * 16)
+    trial.add(body(S(2, "a", parent=1), S(3, "a", parent=2), S(5, "b", parent=4)))
+    assert trial.missing_parents == 2
 
 
 def test_signals_of_incomplete_traces_say_so(log):
