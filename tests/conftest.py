@@ -92,8 +92,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _is_of_the_cluster(item: pytest.Item) -> bool:
-    """Whether a test is about the cluster, by its path, or runs a service as one."""
+    """Whether a test is about the cluster, by its path, or runs a service as one. The programs that
+    measure clusters have their cores to themselves."""
     path = item.path.relative_to(Path(__file__).parent).as_posix()
+    if path.startswith("perf/"):
+        return False
     if "cluster" in path or "jetstream" in path:
         return True
     callspec = getattr(item, "callspec", None)
