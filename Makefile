@@ -59,8 +59,8 @@ check: lint
 		$(PYTEST) -q -m "not slow" -n $(CHECK_WORKERS) --dist worksteal
 
 # Everything. First the kernels are compiled, so that this takes no test's time. Then they run as
-# ordinary Python, for their coverage. Then the tests of the cluster run, and then all others. One of
-# the processes runs the slow ones of these one after another (tests/conftest.py).
+# ordinary Python, for their coverage. Then the tests of the cluster run, and then all others, whose
+# slow tests run one after another in one of the processes (tests/conftest.py).
 test: lint
 	$(BIN)/coverage erase
 	for part in json relations traces; do $(BIN)/python -m betrace.service.pipeline.warmup $$part; done >/dev/null

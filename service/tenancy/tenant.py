@@ -33,8 +33,9 @@ class Tenant:
     """A tenant. ``quota`` is in spans per second: 0 means no limit, None the quota from the
     configuration.
 
-    On a cluster, ``revision`` is that of its entry in the configuration bucket, and ``generation``
-    that of its last deletion. Each is 0 if there is none, and always in one process."""
+    On a cluster, ``revision`` is the revision of the tenant's entry in the configuration bucket, or
+    0 before there is one, and ``generation`` is the revision of its last deletion, or 0 if it was
+    never deleted. In one process, both are always 0."""
 
     name: str
     state: TenantState

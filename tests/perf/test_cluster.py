@@ -11,18 +11,7 @@ from tests.support.nats_servers import MISSING, PROGRAM
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason=MISSING)]
 
-TINY = [
-    "--secs",
-    "0.3",
-    "--warm-up",
-    "0.2",
-    "--connections",
-    "2",
-    "--repeats",
-    "1",
-    "--partitions",
-    "2",
-]
+TINY = ["--secs=0.3", "--warm-up=0.2", "--connections=2", "--repeats=1", "--partitions=2"]
 
 
 def test_the_roles_evaluate_all_spans_at_once_and_in_turns(tiny: Programs) -> None:
